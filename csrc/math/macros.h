@@ -1,0 +1,32 @@
+// Function qualifiers shared by every formula, so that one text compiles for the CPU and for CUDA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FMK_HD __host__ __device__ __forceinline__
+#else
+// Forced inlining lets each target_clones variant of a caller vectorise the formula for its own instruction set.
+#define FMK_HD inline __attribute__((always_inline))
+#endif
+
+namespace fmk {
+
+template <class To, class From>
+FMK_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+constexpr double PI = 3.14159265358979323846;
+
+template <class T>
+FMK_HD T clamp(T x, T low, T high) {
+  return x < low ? low : (x > high ? high : x);
+}
+
+}  // namespace fmk

@@ -1,0 +1,121 @@
+"""Registration of the ops: the one file that touches torch's private dispatch names.
+
+The reference of an op is registered as ``CompositeExplicitAutograd`` (specification, fallback on any device) and at
+``FuncTorchBatched`` (vmap rule). C++ libraries and Triton add ``CPU`` and ``CUDA``. ``torch.library.register_autograd``
+is not used: with it forward-mode tangents come out silently zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+NAMESPACE = "fmkernels"
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+
+library = torch.library.Library(NAMESPACE, "DEF")
+references: dict[str, Callable] = {}
+_backends: dict[tuple[str, str], str] = {}  # (op, device type) -> backend that answers
+problems: list[str] = []  # why a compiled backend is missing, for `python -m fmkernels info`
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def backend() -> str:
+    """The backend asked for by FMK_BACKEND: "auto" unless set."""
+    name = os.environ.get("FMK_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"FMK_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def define(schema: str, reference: Callable, fake: Callable | None, *, tags=()) -> None:
+    """Define an op by its schema and reference; ``fake`` gives the outputs' metadata without computing."""
+    name = schema.split("(", 1)[0]
+    library.define(schema, tags=tags)
+    library.impl(name, reference, "CompositeExplicitAutograd")
+    library.impl(name, reference, "FuncTorchBatched")
+    if fake is not None:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    references[name] = reference
+
+
+def autograd(name: str, kernel: Callable) -> None:
+    """Register the Autograd-key kernel of an op."""
+    library.impl(name, kernel, "Autograd")
+
+
+def override(name: str, kernel: Callable, device_type: str, backend_name: str) -> None:
+    """Let ``kernel`` answer an op on a device type, above what the compiled library registered."""
+    library.impl(name, kernel, {"cpu": "CPU", "cuda": "CUDA"}[device_type], allow_override=True)
+    _backends[name, device_type] = backend_name
+
+
+def overload(name: str):
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def transforming() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is active."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def eager(*tensors) -> bool:
+    """Whether plain eager execution is under way: not compiling, tracing or transforming."""
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+def requires_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def may_write_in_place(tensor: torch.Tensor) -> bool:
+    """Whether a backward may overwrite ``tensor``: the graph is not kept and nothing traces or wraps the tensor."""
+    return (
+        type(tensor) is torch.Tensor
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def library_path() -> Path:
+    return Path(os.environ.get("FMK_LIBRARY") or Path(__file__).parent / "_C.so")
+
+
+def load_compiled() -> None:
+    """Load the compiled library, if it is there and asked for; what went wrong is kept for ``info``."""
+    path = library_path()
+    if backend() == "reference":
+        problems.append("compiled library not loaded: FMK_BACKEND=reference")
+    elif not path.exists():
+        problems.append(f"compiled library not built: {path.name} is missing (pip install . builds it)")
+    else:
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            problems.append(f"compiled library {path} does not load into torch {torch.__version__}: {error}")
+
+
+def answering(name: str, device_type: str) -> str:
+    """Which backend answers an op on a device type: "cpp", "cuda", "triton" or "reference"."""
+    if (name, device_type) in _backends:
+        return _backends[name, device_type]
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+        return {"cpu": "cpp", "cuda": "cuda"}[device_type]
+    return "reference"
+
+
+def build_facts() -> dict:
+    """What the build recorded about itself; empty if nothing was built."""
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        return json.loads((Path(__file__).parent / "_build_info.json").read_text())
+    return {}
