@@ -44,13 +44,14 @@ format: $(VENV)/installed  ## apply that style
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-# The sanitizers' libraries must be loaded before Python's own; libstdc++ with them, or ASan finds no __cxa_throw.
+# ASan must be loaded before everything else, with libstdc++, or it finds no __cxa_throw; and pytest must leave the file
+# descriptors alone (--capture=sys), or the report is lost when ASan ends the process.
 sanitize: $(VENV)/built  ## run the tests of the C++ kernels under AddressSanitizer and UBSan
 	FMK_SANITIZE=1 FMK_CUDA=0 $(RUN) setup.py --quiet build_ext --build-lib build/sanitize
 	FMK_LIBRARY="$(CURDIR)/build/sanitize/fmkernels/_C.so" \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(RUN) -m pytest tests -m sanitize -q $(ARGS)
+	$(RUN) -m pytest tests -m sanitize -q --capture=sys $(ARGS)
 
 clean:  ## remove everything built, .venv too
 	rm -rf $(VENV) build *.egg-info fmkernels/_*.so

@@ -38,8 +38,10 @@ NVCC_FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-fPI
 
 
 def find_compiler():
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next((name for name in names if shutil.which(name)), None)
+    chosen = os.environ.get("CXX")
+    if chosen and shutil.which(chosen) is None:
+        sys.exit(f"fmkernels: CXX={chosen}: not found; it is one program, without arguments")
+    return chosen or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
 
 
 def find_nvcc():
@@ -90,11 +92,11 @@ def command(words):
 
 class Build(build_ext):
     def run(self):
-        if os.environ.get("FMK_EXTENSION") == "0" or find_compiler() is None:
-            print("fmkernels: FMK_EXTENSION=0 or no C++ compiler: no compiled kernels, every op runs its reference")
+        if os.environ.get("FMK_EXTENSION") == "0" or sys.platform != "linux" or find_compiler() is None:
+            print("fmkernels: no compiled kernels (FMK_EXTENSION=0, no Linux or no C++ compiler): references only")
             self.extensions = []
-            for path in ROOT.glob("fmkernels/_*.so"):  # of an earlier build
-                path.unlink()
+            for path in ROOT.glob("fmkernels/_*.so") if self.inplace or self.editable_mode else []:
+                path.unlink()  # of an earlier build
         super().run()
 
     def get_ext_filename(self, name):  # _C is not a Python module: its name carries no Python version
@@ -144,7 +146,7 @@ class Build(build_ext):
             sys.exit("fmkernels: building the kernels needs ninja: pip install ninja")
         jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
         if subprocess.run([ninja, "-f", folder / "build.ninja", "-j", jobs]).returncode:
-            sys.exit("fmkernels: compilation failed; FMK_EXTENSION=0 installs without compiled kernels")
+            sys.exit("fmkernels: compilation failed; FMK_CUDA=0 leaves out the CUDA kernels, FMK_EXTENSION=0 all")
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(library, output)
 
@@ -154,8 +156,9 @@ def sources(*patterns):
 
 
 os.chdir(ROOT)
-extensions = {"_C": sources("csrc/torch/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"), "_host": sources("csrc/host.cpp")}
+libraries = {"_C": sources("csrc/torch/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"), "_host": sources("csrc/host.cpp")}
+headers = sources("csrc/**/*.h", "csrc/**/*.cuh")
 setup(
-    ext_modules=[Extension(f"fmkernels.{name}", files) for name, files in extensions.items() if files],
+    ext_modules=[Extension(f"fmkernels.{name}", files, depends=headers) for name, files in libraries.items() if files],
     cmdclass={"build_ext": Build},
 )

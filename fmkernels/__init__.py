@@ -1,7 +1,7 @@
 """fmkernels: the arithmetic around the network in flow matching, as fused kernels with pure-PyTorch references."""
 
 from . import ops
-from ._registration import load_compiled
+from ._registration import choose_backends, load_compiled
 from .distributions import Normal, StandardNormal
 from .matching import Batch, FlowMatching
 from .objectives import MinSNR, Objective, PseudoHuber
@@ -55,3 +55,4 @@ __all__ = [
 ]
 
 load_compiled()
+choose_backends()

@@ -8,13 +8,16 @@ is not used: with it forward-mode tangents come out silently zero.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 NAMESPACE = "fmkernels"
@@ -54,7 +57,9 @@ def autograd(name: str, kernel: Callable) -> None:
 
 def override(name: str, kernel: Callable, device_type: str, backend_name: str) -> None:
     """Let ``kernel`` answer an op on a device type, above what the compiled library registered."""
-    library.impl(name, kernel, {"cpu": "CPU", "cuda": "CUDA"}[device_type], allow_override=True)
+    with warnings.catch_warnings():  # that the compiled kernel is overridden is what is wanted
+        warnings.simplefilter("ignore", UserWarning)
+        library.impl(name, kernel, {"cpu": "CPU", "cuda": "CUDA"}[device_type], allow_override=True)
     _backends[name, device_type] = backend_name
 
 
@@ -76,10 +81,13 @@ def requires_grad(*tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def may_write_in_place(tensor: torch.Tensor) -> bool:
-    """Whether a backward may overwrite ``tensor``: the graph is not kept and nothing traces or wraps the tensor."""
+def may_write_in_place(tensor: torch.Tensor, incoming: torch.Tensor) -> bool:
+    """Whether a backward may overwrite ``tensor`` with what it makes of ``incoming``: the graph is not kept, nothing
+    traces or wraps the tensor, and ``incoming`` is one gradient, not a batch of them."""
     return (
         type(tensor) is torch.Tensor
+        and not is_legacy_batchedtensor(incoming)
+        and peek_interpreter_stack() is None
         and not torch._C._autograd._get_current_graph_task_keep_graph()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler.is_compiling()
@@ -104,6 +112,26 @@ def load_compiled() -> None:
             problems.append(f"compiled library {path} does not load into torch {torch.__version__}: {error}")
 
 
+def choose_backends() -> None:
+    """Let Triton answer on CUDA unless another backend is asked for; on the CPU where it is asked for, interpreted."""
+    name, interpreted = backend(), os.environ.get("TRITON_INTERPRET") == "1"
+    # Whether a GPU is there is not asked: that would initialise CUDA in a process that may still fork.
+    device_types = ["cuda"] if name in ("auto", "triton") and torch.backends.cuda.is_built() else []
+    if name == "triton" and interpreted:
+        device_types.append("cpu")
+    found = importlib.util.find_spec("triton") is not None
+    if name == "triton" and not (found and device_types):
+        raise RuntimeError(
+            "FMK_BACKEND=triton: expected triton, and a CUDA build of torch or TRITON_INTERPRET=1 to interpret the kernels "
+            f"on the CPU; got triton {'installed' if found else 'not installed'}, torch {torch.__version__}"
+        )
+    if not found and device_types:
+        problems.append("Triton kernels not used: triton is not installed (pip install triton)")
+        return
+    for device_type in device_types:
+        importlib.import_module(".triton_kernels", __package__).register(device_type)
+
+
 def answering(name: str, device_type: str) -> str:
     """Which backend answers an op on a device type: "cpp", "cuda", "triton" or "reference"."""
     if (name, device_type) in _backends:
@@ -115,7 +143,7 @@ def answering(name: str, device_type: str) -> str:
 
 
 def build_facts() -> dict:
-    """What the build recorded about itself; empty if nothing was built."""
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        return json.loads((Path(__file__).parent / "_build_info.json").read_text())
+    """What the compiled library says of its build; empty where none is loaded."""
+    with contextlib.suppress(AttributeError):  # no such op
+        return json.loads(torch.ops.fmkernels.build_info())
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from .objectives import (
     velocity_from_prediction,
 )
 from .ops.matching_loss import call as call_loss
-from .ops.matching_loss import check as check_loss
+from .ops.matching_loss import check_prediction
 from .ops.noise import key as draw_key
 from .ops.sample_path import STORE_X0, STORE_Z, PathArguments
 from .ops.sample_path import call as call_path
@@ -168,12 +169,9 @@ class FlowMatching(torch.nn.Module):
             x1, x0, t, key, self.schedule, self.timesteps, self._arguments, t_dims, first_row, total_rows, bits
         )
         network_t = path.table[..., 5] if self.objective.prediction == "edm" else path.t
-        per_sample = 1
-        for size in path.t.shape[1:]:
-            per_sample = per_sample * size
         return Batch(
             path.x_t, network_t, key, x1, path.x0 if x0 is None else x0, path.z, path.table, path.t,
-            first_row * per_sample,
+            first_row * math.prod(path.t.shape[1:]),
         )  # fmt: skip
 
     def _noise_mode(self, x1: torch.Tensor) -> str:
@@ -205,7 +203,8 @@ class FlowMatching(torch.nn.Module):
         """
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: expected the Batch that sample() returned, got {type(batch).__name__}")
-        check_loss(prediction, batch.x1, batch.table, batch.x0, batch.z, batch.key, self._terms, reduction)
+        check_prediction(prediction, batch.x1)
+        _checks.choice("reduction", reduction, REDUCTIONS)
         if self.objective.weight_fn is not None:
             own = self.objective.weight_fn(batch.time)
             _checks.tensor("weight(t)", own)

@@ -221,7 +221,8 @@ def objective_weight(weight: int, k: float, prediction: int, v: Coefficients) ->
             return snr.clamp_max(k)
         if prediction == PREDICTIONS["noise"]:
             return torch.where(snr < k, 1.0, k / snr)
-        return snr.clamp_max(k) * v.sigma.square() / w.square()
+        divisor = torch.where(v.alpha == 0, 1.0, w)  # where α = 0, W may be 0 too, and the weight is 0
+        return snr.clamp_max(k) * v.sigma.square() / divisor.square()
     if weight == WEIGHTS["sigma_sqrt"]:
         return 1 / sigma.square()
     if weight == WEIGHTS["cosmap"]:

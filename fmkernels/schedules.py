@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _checks
+from . import _checks, _registration
 from .distributions import Normal, StandardNormal
 
 __all__ = [
@@ -249,8 +249,9 @@ class Polynomial(Schedule):
         super().__init__(t_range=t_range)
 
     def coefficients(self, t):
-        alpha, d_alpha, zero = t**self.n, self.n * t ** (self.n - 1), torch.zeros_like(t)
-        return Coefficients(alpha, 1 - alpha, zero, d_alpha, -d_alpha, zero)
+        sigma = -torch.expm1(self.n * t.log())  # 1 − tⁿ without its cancellation near t = 1
+        d_alpha, zero = self.n * t ** (self.n - 1), torch.zeros_like(t)
+        return Coefficients(t**self.n, sigma, zero, d_alpha, -d_alpha, zero)
 
 
 class ConstantNoise(Schedule):
@@ -310,9 +311,9 @@ class SchrodingerBridge(Schedule):
 class Custom(Schedule, torch.nn.Module):
     """Any differentiable schedule, learnable too: ``fn(t)`` returns (α, σ), (α, σ, γ) or all six coefficients.
 
-    Derivatives come from forward-mode differentiation of ``fn`` unless it returns them. Kernels read the coefficients
-    from a per-row table; gradients flow through it to the parameters of ``fn`` when ``fn`` is an ``nn.Module`` or
-    closes over tensors that require grad.
+    Derivatives come from differentiation of ``fn``, which is elementwise in t, unless it returns them. Kernels read
+    the coefficients from a per-row table; gradients flow through it to the parameters of ``fn`` when ``fn`` is an
+    ``nn.Module`` or closes over tensors that require grad.
 
     Args:
         fn: callable from t (any shape, float32 or float64) to 2, 3 or 6 tensors of t's shape.
@@ -332,11 +333,17 @@ class Custom(Schedule, torch.nn.Module):
         values = self._evaluate(t)
         if len(values) == 6:
             return Coefficients(*values)
-        _, tangents = torch.func.jvp(lambda s: self._evaluate(s)[:3], (t,), (torch.ones_like(t),))
+        derivatives = self._derivatives(t, len(values))
         if len(values) == 2:
             zero = torch.zeros_like(t)
-            return Coefficients(*values, zero, *tangents, zero)
-        return Coefficients(*values, *tangents)
+            return Coefficients(*values, zero, *derivatives, zero)
+        return Coefficients(*values, *derivatives)
+
+    def _derivatives(self, t, count):
+        if _registration.transforming():  # forward mode does not nest in a caller's; each value is elementwise in t
+            return [torch.func.grad(lambda s, i=i: self._evaluate(s)[i].sum())(t) for i in range(count)]
+        _, tangents = torch.func.jvp(self._evaluate, (t,), (torch.ones_like(t),))
+        return [tangent.to(t.dtype) for tangent in tangents]  # of a 0-dimensional t they come out in float64
 
     def _evaluate(self, t):
         values = tuple(self.fn(t))

@@ -22,6 +22,17 @@ FMK_HD To bit_cast(From from) {
   return to;
 }
 
+// The overloads for float: C's own functions would silently compute in double.
+using std::cos;
+using std::exp;
+using std::expm1;
+using std::fabs;
+using std::log;
+using std::log1p;
+using std::pow;
+using std::sin;
+using std::sqrt;
+
 constexpr double PI = 3.14159265358979323846;
 
 template <class T>

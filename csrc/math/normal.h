@@ -54,8 +54,13 @@ FMK_HD float cos_pi(float x) {
   q = q * s - 4.934802137e+00f;
   return q * s + 1.0f;
 }
+#if defined(__CUDA_ARCH__)  // where sin and cos would reserve a stack for the reduction of huge arguments
+FMK_HD double sin_pi(double x) { return ::sinpi(x); }
+FMK_HD double cos_pi(double x) { return ::cospi(x); }
+#else
 FMK_HD double sin_pi(double x) { return sin(PI * x); }
 FMK_HD double cos_pi(double x) { return cos(PI * x); }
+#endif
 
 template <class T>
 FMK_HD void normal_pair(uint32_t w0, uint32_t w1, T& n0, T& n1) {

@@ -36,11 +36,12 @@ FMK_HD T objective_weight(int weight, T k, int prediction, const Coefficients<T>
   const T sigma = v.sigma > T(SIGMA_FLOOR) ? v.sigma : T(SIGMA_FLOOR);
   const T w = v.d_alpha * v.sigma - v.alpha * v.d_sigma;
   const T snr = v.alpha * v.alpha / (sigma * sigma);
+  const T divisor = v.alpha == T(0) ? T(1) : w;  // where α = 0, W may be 0 too, and the min-SNR weight is 0
   switch (weight) {
     case WEIGHT_MIN_SNR:
       if (prediction == PREDICT_DATA) return snr < k ? snr : k;
       if (prediction == PREDICT_NOISE) return snr < k ? T(1) : k / snr;
-      return (snr < k ? snr : k) * v.sigma * v.sigma / (w * w);
+      return (snr < k ? snr : k) * v.sigma * v.sigma / (divisor * divisor);
     case WEIGHT_SIGMA_SQRT:
       return T(1) / (sigma * sigma);
     case WEIGHT_COS_MAP:

@@ -27,11 +27,18 @@ struct Words {
   uint32_t w0, w1, w2, w3;
 };
 
+FMK_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umulhi(a, b);  // nvcc adds an instruction for the shift below
+#else
+  return uint32_t((uint64_t(a) * b) >> 32);
+#endif
+}
+
 FMK_HD Words philox(Words c, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    const uint64_t p0 = uint64_t(PHILOX_M0) * c.w0;
-    const uint64_t p1 = uint64_t(PHILOX_M1) * c.w2;
-    c = Words{uint32_t(p1 >> 32) ^ c.w1 ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w3 ^ k1, uint32_t(p0)};
+    c = Words{multiply_high(PHILOX_M1, c.w2) ^ c.w1 ^ k0, PHILOX_M1 * c.w2,
+              multiply_high(PHILOX_M0, c.w0) ^ c.w3 ^ k1, PHILOX_M0 * c.w0};
     k0 += PHILOX_W0;
     k1 += PHILOX_W1;
   }

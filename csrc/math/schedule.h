@@ -2,7 +2,7 @@
 // fmkernels/triton_kernels/_math.py under the same names.
 #pragma once
 
-#include "macros.h"
+#include "normal.h"
 
 namespace fmk {
 
@@ -49,7 +49,7 @@ FMK_HD Coefficients<T> schedule_coefficients(int schedule, T s0, T s1, T t) {
       return {T(1), sigma, T(0), T(0), -log_ratio * sigma, T(0)};
     }
     case SCHEDULE_COSINE: {
-      const T alpha = sin(half_pi * t), sigma = sin(half_pi * s);
+      const T alpha = sin_pi(T(0.5) * t), sigma = sin_pi(T(0.5) * s);
       return {alpha, sigma, T(0), half_pi * sigma, -half_pi * alpha, T(0)};
     }
     case SCHEDULE_LINEAR_VP: {
@@ -57,9 +57,9 @@ FMK_HD Coefficients<T> schedule_coefficients(int schedule, T s0, T s1, T t) {
       return {t, sigma, T(0), T(1), -t / sigma, T(0)};
     }
     case SCHEDULE_POLYNOMIAL: {
-      const T alpha = pow(t, s0);
+      const T sigma = -expm1(s0 * log(t));  // 1 - tⁿ without its cancellation near t = 1
       const T d_alpha = s0 * pow(t, s0 - T(1));
-      return {alpha, T(1) - alpha, T(0), d_alpha, -d_alpha, T(0)};
+      return {pow(t, s0), sigma, T(0), d_alpha, -d_alpha, T(0)};
     }
     case SCHEDULE_CONSTANT_NOISE:
       return {t, s, s0, T(1), T(-1), T(0)};

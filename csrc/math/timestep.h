@@ -1,6 +1,7 @@
 // Timestep samplers: t = F⁻¹(u) of one uniform u per row, formed in double precision. Direction: t = 1 is data.
 #pragma once
 
+#include "normal.h"
 #include "permutation.h"
 #include "philox.h"
 
@@ -60,34 +61,30 @@ FMK_HD double timestep_inverse_cdf(int sampler, double q0, double q1, double shi
       t = 1.0 / (1.0 + exp(-(q0 + q1 * inverse_normal_cdf(u))));
       break;
     case TIMESTEP_MODE: {
-      const double sine = sin(PI / 2 * u);
+      const double sine = sin_pi(0.5 * u);
       t = u - q0 * (sine * sine - u);
       break;
     }
     case TIMESTEP_COS_MAP: {
-      const double sine = sin(PI / 2 * u);
-      t = sine / (sine + cos(PI / 2 * u));
+      const double sine = sin_pi(0.5 * u);
+      t = sine / (sine + cos_pi(0.5 * u));
       break;
     }
     case TIMESTEP_BETA:
       t = -q0 * expm1(log(u) / q1);
       break;
   }
-  return t / (shift - (shift - 1.0) * t);
+  return shift == 1.0 ? t : t / (shift - (shift - 1.0) * t);
 }
 
-// The uniform of a row: its own word, or with `strata` = N > 0 the word's place inside stratum π(row) of N.
-FMK_HD double timestep_uniform(uint64_t seed, int64_t row, int64_t strata) {
-  const double u = uniform(philox_row(seed, row, 0, stream_word(STREAM_TIME, 0)).w0);
+// The uniform word of a row.
+FMK_HD double time_word(uint64_t seed, int64_t row) {
+  return uniform(philox_row(seed, row, 0, stream_word(STREAM_TIME, 0)).w0);
+}
+
+// With `strata` = N > 0 the word's place inside stratum π(row) of N.
+FMK_HD double stratified(uint64_t seed, int64_t row, int64_t strata, double u) {
   return strata > 0 ? (double(permute(seed, uint32_t(strata), uint32_t(row))) + u) / double(strata) : u;
-}
-
-// Draw, round to the precision of t, and stay inside [low, high], where the schedule's derivatives are finite.
-template <class T>
-FMK_HD T draw_timestep(uint64_t seed, int64_t row, int64_t strata, int sampler, double q0, double q1, double shift,
-                       T low, T high) {
-  const double u = timestep_uniform(seed, row, strata);
-  return clamp(T(timestep_inverse_cdf(sampler, q0, q1, shift, u)), low, high);
 }
 
 }  // namespace fmk

@@ -10,15 +10,11 @@
 
 namespace {
 
-std::string build_info() {
-  return FMK_BUILD_INFO;
-}
+std::string build_info() { return FMK_BUILD_INFO; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fmkernels, library) {
-  library.def("build_info() -> str");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fmkernels, library) { library.def("build_info() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CompositeExplicitAutograd, library) {
   library.impl("build_info", TORCH_BOX(&build_info));

@@ -18,7 +18,9 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "math/half.h"
 
@@ -27,10 +29,10 @@
 #endif
 
 // FMK_CHECK(condition, message...) throws; the parts of the message are written one after the other.
-#define FMK_CHECK(condition, ...) \
-  do {                            \
+#define FMK_CHECK(condition, ...)  \
+  do {                             \
     if (!(condition)) [[unlikely]] \
-      ::fmk::fail(__VA_ARGS__);   \
+      ::fmk::fail(__VA_ARGS__);    \
   } while (false)
 
 namespace fmk {
@@ -54,15 +56,20 @@ template <class... Parts>
 template <class F>
 decltype(auto) dispatch(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Float: return f.template operator()<float>();
-    case ScalarType::Double: return f.template operator()<double>();
-    case ScalarType::BFloat16: return f.template operator()<bf16>();
-    case ScalarType::Half: return f.template operator()<f16>();
-    default: fail("expected float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(type));
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::BFloat16:
+      return f.template operator()<bf16>();
+    case ScalarType::Half:
+      return f.template operator()<f16>();
+    default:
+      fail("expected float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(type));
   }
 }
 
-// The dtype of a C++ type:  empty(x, sizes, scalar_type_of<float>)
+// The dtype of a C++ type:  empty_as(x, sizes, scalar_type_of<float>)
 template <class T>
 inline constexpr ScalarType scalar_type_of = ScalarType::Undefined;
 template <> inline constexpr ScalarType scalar_type_of<float> = ScalarType::Float;
@@ -108,9 +115,10 @@ inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) 
   return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
 }
 
-// A fresh contiguous tensor on the device of `like`, with its sizes and its dtype unless others are given. Straight from
-// torch's allocator: 0.6 us, where torch::stable::new_empty takes 1.4 through the dispatcher. On the CPU that skips the NaN
-// that torch.use_deterministic_algorithms fills in, so the environment variable FMK_POISON=1 (the tests set it) does.
+// A fresh contiguous tensor on the device of `like`, with its sizes and its dtype unless others are given. Straight
+// from torch's allocator: 0.6 us, where torch::stable::new_empty takes 1.4 through the dispatcher. On the CPU that
+// skips the NaN that torch.use_deterministic_algorithms fills in, so the environment variable FMK_POISON=1 (the tests
+// set it) does.
 inline Tensor empty_as(const Tensor& like, Sizes sizes, std::optional<ScalarType> type = std::nullopt) {
   namespace stable = torch::stable::detail;
   constexpr size_t max_dims = 64;  // as torch
@@ -123,11 +131,12 @@ inline Tensor empty_as(const Tensor& like, Sizes sizes, std::optional<ScalarType
   if (type) dtype = stable::to<int32_t>(stable::from(*type));
   AtenTensorHandle handle;
   FMK_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, dtype, device_type, like.get_device_index(),
-                                     &handle) == 0, "out of memory");
+                                     &handle) == 0,
+            "out of memory");
   Tensor result(handle);
   static const bool poison = std::getenv("FMK_POISON") != nullptr;
   if (poison && result.is_cpu() && result.numel() > 0) {
-    std::memset(result.mutable_data_ptr(), 0xff, result.numel() * result.element_size());  // NaN in every dtype
+    std::memset(result.mutable_data_ptr(), 0xff, result.numel() * result.element_size());  // NaN, if floating
   }
   return result;
 }
@@ -167,9 +176,9 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
 extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
     __attribute__((weak));
 
-#define FMK_CUDA_CHECK(call)                                                                       \
-  do {                                                                                             \
-    if (cudaError_t error_ = (call); error_ != cudaSuccess) [[unlikely]]                           \
+#define FMK_CUDA_CHECK(call)                                                                     \
+  do {                                                                                           \
+    if (cudaError_t error_ = (call); error_ != cudaSuccess) [[unlikely]]                         \
       ::fmk::fail(#call, ": ", cudaGetErrorString(error_), " (", cudaGetErrorName(error_), ")"); \
   } while (false)
 
@@ -181,7 +190,8 @@ namespace fmk {
 inline cudaStream_t current_stream(int32_t device_index) {
   FMK_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
   void* stream = nullptr;
-  FMK_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == 0, "no current stream on device ", device_index);
+  FMK_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == 0, "no current stream on device ",
+            device_index);
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -70,13 +70,10 @@ def matching_loss(
 
 def check(prediction, x1, table, x0, z, key, terms, reduction) -> None:
     """Every error a user can make but those of weight and mask, found before any launch."""
-    _checks.tensor("prediction", prediction)
     _checks.tensor("x1", x1)
-    _checks.tensor("table", table)
-    _checks.floating("prediction", prediction)
     _checks.floating("x1", x1)
-    _checks.same_shape("prediction", prediction, "x1", x1)
-    _checks.same_device("prediction", prediction, "x1", x1)
+    check_prediction(prediction, x1)
+    _checks.tensor("table", table)
     if table.shape[-1:] != (6,) or table.shape[:-1] != x1.shape[: table.dim() - 1]:
         raise ValueError(
             f"table: expected shape [*t.shape, 6] with t.shape a prefix of x1's {list(x1.shape)}, got {list(table.shape)}"
@@ -97,6 +94,13 @@ def check(prediction, x1, table, x0, z, key, terms, reduction) -> None:
         _checks.key("key", key)
         _checks.same_device("key", key, "x1", x1)
     _checks.choice("reduction", reduction, REDUCTIONS)
+
+
+def check_prediction(prediction, x1) -> None:
+    _checks.tensor("prediction", prediction)
+    _checks.floating("prediction", prediction)
+    _checks.same_shape("prediction", prediction, "x1", x1)
+    _checks.same_device("prediction", prediction, "x1", x1)
 
 
 def row_weight(weight, table: torch.Tensor) -> torch.Tensor | None:
@@ -182,19 +186,23 @@ def _draw(x1, t_dims, key, first_row, stream):
     return torch.ops.fmkernels.noise(key, rows, columns, first_row, stream, 0, 0, x1.dtype).reshape(x1.shape)
 
 
-def residual(prediction, x1, x0, z, table, key, first_row, terms):
-    """r = p·prediction + a·x1 + b·x0 + c·z in the compute dtype."""
+def residual(prediction, x1, x0, z, table, mask, key, first_row, terms):
+    """r = p·prediction + a·x1 + b·x0 + c·z in the compute dtype, 0 where the mask leaves an element out."""
     compute = compute_dtype(prediction, x1, table)
     p, a, b, c = (_rowwise(column.to(compute), x1) for column in table.unbind(-1)[:4])
-    r = p * prediction.to(compute)
+
+    def kept(values):
+        # Selected, never multiplied: NaN in an element that is left out stays out, of the gradients to the table too.
+        values = values.to(compute)
+        return values if mask is None else torch.where(_rowwise(mask, values), values, 0.0)
+
+    r = p * kept(prediction)
     if terms & TERM_X1:
-        r = r + a * x1.to(compute)
+        r = r + a * kept(x1)
     if terms & TERM_X0:
-        x0 = _draw(x1, table.dim() - 1, key, first_row, STREAMS["x0"]) if x0 is None else x0
-        r = r + b * x0.to(compute)
+        r = r + b * kept(_draw(x1, table.dim() - 1, key, first_row, STREAMS["x0"]) if x0 is None else x0)
     if terms & TERM_Z:
-        z = _draw(x1, table.dim() - 1, key, first_row, STREAMS["bridge"]) if z is None else z
-        r = r + c * z.to(compute)
+        r = r + c * kept(_draw(x1, table.dim() - 1, key, first_row, STREAMS["bridge"]) if z is None else z)
     return r, p
 
 
@@ -227,11 +235,6 @@ def _reduce(row_loss, row_count, reduction):
     return row_loss / row_count.clamp_min(1)
 
 
-def _masked(values, mask):
-    # Selected, never multiplied: NaN in an element that is left out stays out.
-    return values if mask is None else torch.where(_rowwise(mask, values), values, 0.0)
-
-
 def _row_count(x1, table, mask, compute):
     rows = table.dim() - 1
     if mask is None:
@@ -240,8 +243,8 @@ def _row_count(x1, table, mask, compute):
 
 
 def matching_loss_reference(prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction):
-    r, _ = residual(prediction, x1, x0, z, table, key, first_row, terms)
-    row_loss = _row_sums(_masked(rho_of(rho, rho_k, r), mask), table.dim() - 1)
+    r, _ = residual(prediction, x1, x0, z, table, mask, key, first_row, terms)
+    row_loss = _row_sums(rho_of(rho, rho_k, r), table.dim() - 1)  # ρ(0) = 0 where an element is left out
     w = table[..., 4] if weight is None else table[..., 4] * weight
     return _reduce(w.to(r.dtype) * row_loss, _row_count(x1, table, mask, r.dtype), reduction)
 
@@ -260,9 +263,9 @@ def forward_reference(
     empty = prediction.new_empty(0)
     if not gradient:
         return loss, empty, empty.to(loss.dtype, copy=True)
-    r, p = residual(prediction, x1, x0, z, table, key, first_row, terms)
+    r, p = residual(prediction, x1, x0, z, table, mask, key, first_row, terms)
     w = table[..., 4] if weight is None else table[..., 4] * weight
-    scaled = _masked(_rowwise(w.to(r.dtype), r) * p * d_rho_of(rho, rho_k, r), mask)
+    scaled = _rowwise(w.to(r.dtype), r) * p * d_rho_of(rho, rho_k, r)
     if mask is None and reduction == MEAN and prediction.dtype != torch.float16:
         scaled = scaled * (1 / max(prediction.numel(), 1))
     denominator = torch.empty(0, dtype=loss.dtype, device=loss.device)
@@ -282,11 +285,11 @@ def gradient_factor(prediction, table, mask, reduction) -> float:
 
 
 def scale_reference(gradient, scale, denominator, factor):
-    scale = scale * factor
-    if denominator.numel():
-        scale = scale / denominator
     compute = compute_dtype(gradient, scale)
-    return (gradient.to(compute) * _rowwise(scale.to(compute), gradient)).to(gradient.dtype).contiguous()
+    scale = scale.to(compute) * factor
+    if denominator.numel():
+        scale = scale / denominator.to(compute)
+    return (gradient.to(compute) * _rowwise(scale, gradient)).to(gradient.dtype).contiguous()
 
 
 def scale_inplace_reference(gradient, scale, denominator, factor):
@@ -336,7 +339,7 @@ class MatchingLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the formula itself, differentiable again
             return (gradient_formula(scale, prediction, x1, x0, z, table, weight, mask, key, *ctx.arguments), *rest)
         factor = gradient_factor(prediction, table, mask, ctx.arguments[-1])
-        if not _registration.may_write_in_place(gradient):
+        if not _registration.may_write_in_place(gradient, scale):
             return (_scale(gradient, scale, denominator, factor), *rest)
         _scale_inplace(gradient, scale, denominator, factor)
         return (gradient.detach(), *rest)  # detached, so that a leaf keeps it instead of cloning it
@@ -344,13 +347,12 @@ class MatchingLoss(torch.autograd.Function):
 
 def gradient_formula(scale, prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction):
     """∂loss/∂prediction · scale as a differentiable composition."""
-    r, p = residual(prediction, x1, x0, z, table, key, first_row, terms)
+    r, p = residual(prediction, x1, x0, z, table, mask, key, first_row, terms)
     w = table[..., 4] if weight is None else table[..., 4] * weight
     if reduction != SUM:
         count = _row_count(x1, table, mask, r.dtype)
         scale = scale / (count if reduction == NONE else count.sum()).clamp_min(1)
-    gradient = _rowwise(w.to(r.dtype) * scale, r) * p * d_rho_of(rho, rho_k, r)
-    return _masked(gradient, mask).to(prediction.dtype)
+    return (_rowwise(w.to(r.dtype) * scale, r) * p * d_rho_of(rho, rho_k, r)).to(prediction.dtype)
 
 
 def matching_loss_autograd(prediction, x1, x0, z, table, weight, mask, key, *rest):

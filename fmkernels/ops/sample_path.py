@@ -169,9 +169,12 @@ def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, tota
     if t is not None and (custom or t.requires_grad or _registration.transforming()):
         low, high = schedule.t_range
         coefficients = torch.stack(schedule.coefficients(t.to(time_dtype(x1, t)).clamp(low, high)), dim=-1)
-    x_t, t, table, drawn, z = torch.ops.fmkernels.sample_path(
-        x1, x0, t, coefficients, key, row, strata, dims, *arguments, bits
-    )
+    inputs = (x1, x0, t, coefficients, key, row, strata, dims, *arguments, bits)
+    if _registration.eager() and not _registration.requires_grad(x1, x0, t, coefficients):
+        with _registration.below_autograd():  # what the Autograd-key kernel would decide, without its cost
+            x_t, t, table, drawn, z = _op(*inputs)
+    else:
+        x_t, t, table, drawn, z = torch.ops.fmkernels.sample_path(*inputs)
     return PathSample(x_t, t, table, drawn if bits & STORE_X0 else None, z if bits & STORE_Z else None)
 
 
@@ -290,3 +293,5 @@ def sample_path_autograd(x1, x0, t, coefficients, key, *rest):
 
 _registration.define(SCHEMA, sample_path_reference, sample_path_fake)
 _registration.autograd("sample_path", sample_path_autograd)
+
+_op = _registration.overload("sample_path")

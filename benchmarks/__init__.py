@@ -1,0 +1,1 @@
+"""What the kernels cost, measured against what people use today: `python -m fmkernels bench`."""

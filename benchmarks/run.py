@@ -1,0 +1,231 @@
+"""The benchmark command: choose cases, run them under pytest-benchmark, print a table, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fmkernels import _info, _registration
+
+from . import head, peers
+from .measure import family, measure
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def one_of(choices):
+    def parse(text: str) -> list[str]:
+        found = words(text)
+        for word in found:
+            if word not in choices:
+                raise argparse.ArgumentTypeError(f"expected some of {', '.join(choices)}, got {word!r}")
+        return found
+
+    return parse
+
+
+def sizes(text: str) -> list[tuple[int, int]]:
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", word) for word in words(text)]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, such as 256x784, got {text!r}")
+    return [(int(match[1]), int(match[2])) for match in found]
+
+
+def dtypes(text: str) -> list[torch.dtype]:
+    return [NAMES[SHORT.get(word, word)] for word in one_of([*SHORT, *NAMES])(text)]
+
+
+def device(text: str) -> torch.device:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no CUDA device here")
+    return torch.device(text)
+
+
+def parser(prog: str | None) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog=prog,
+        description="Measure every op here against its peers: verified first, timed in turn with them and with a copy. "
+        "Several values are separated by commas.",
+    )
+    found.add_argument("--op", type=one_of(head.OPS), metavar="OP", help=f"of {', '.join(head.OPS)}")
+    found.add_argument("--size", type=sizes, metavar="RxC", help="rows x columns, such as 256x784")
+    found.add_argument("--dtype", type=dtypes, metavar="TYPE", help="fp32, bf16, fp16 or fp64; fp32,bf16 unless given")
+    families = ", ".join(peers.FAMILIES)
+    found.add_argument("--peers", type=one_of([*peers.FAMILIES, "none"]), help=f"of {families}, or none")
+    found.add_argument("--device", type=device, default=None, help="cpu or cuda; cuda where there is one")
+    found.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    found.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: 2)")
+    found.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="write the results; without FILE to benchmarks/results"
+    )
+    return found
+
+
+class Session:
+    """What pytest's cases share: which cases to run, how, and the rows they have measured."""
+
+    def __init__(self, options, show=print):
+        torch.set_num_threads(options.threads)
+        where = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device, self.peers, self.seconds, self.show = where, options.peers, options.seconds, show
+        self.cases = head.cases(where, options.op, options.size, options.dtype)
+        self.rows: list[dict] = []
+        self.path = None  # of the results
+        if options.json is not None:
+            default = FOLDER / "results" / f"{slug(where.type)}.json"
+            self.path = Path(options.json) if options.json else default
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def measure(self, case, **how) -> dict:
+        """Measure a case, keep its row, write what there is so far, and say so."""
+        row = measure(case, self.peers, self.seconds, **how)
+        self.rows.append(row)
+        if self.path:
+            self.path.write_text(json.dumps(document(self), indent=1, ensure_ascii=False) + "\n")
+        self.show(f"  [{len(self.rows)}/{len(self.cases)}] {case}: {row.get('error') or duration(row['median_s'])}")
+        return row
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e6:.4g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.4g} ms"
+
+
+def amount(count: int | None) -> str:
+    if count is None:
+        return "–"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.4g} {unit}"
+    return f"{count} B"
+
+
+def short(dtype: str) -> str:
+    return next(name for name, long in SHORT.items() if long == dtype)
+
+
+def count(number: float | None) -> str:
+    return "–" if number is None else f"{number:g}"
+
+
+def times(figures: dict | None) -> str:
+    return f"{figures['ratio']:.2f}x" if figures else "–"
+
+
+COLUMNS = (
+    ("op", lambda row: row["op"]),
+    ("size", lambda row: row["size"]),
+    ("dtype", lambda row: short(row["dtype"])),
+    ("backend", lambda row: row["backend"]),
+    ("time", lambda row: duration(row["median_s"])),
+    ("spread", lambda row: f"{row['iqr_s'] / row['median_s']:.0%}"),
+    ("GB/s", lambda row: f"{row['gb_per_s']:.3g}"),
+    ("of copy", lambda row: f"{row['of_copy']:.0%}"),
+    ("peak", lambda row: amount(row["peak_bytes"])),
+    ("launches", lambda row: count(row["launches"])),
+    ("waits", lambda row: count(row["synchronisations"])),
+)
+
+
+def fastest(row: dict) -> dict[str, dict]:
+    """The fastest variant of every family of peers."""
+    found: dict[str, dict] = {}
+    for name, figures in sorted(row.get("peers", {}).items(), key=lambda item: item[1]["ratio"]):
+        found.setdefault(family(name), figures)
+    return found
+
+
+def show(rows: list[dict]) -> None:
+    """Print the rows as tables, the whole head first; ratios are to the fastest variant of each peer."""
+    for title, wanted in (("The training head", True), ("Single ops", False)):
+        chosen = [row for row in rows if "error" not in row and row["op"].startswith("head") == wanted]
+        if not chosen:
+            continue
+        families = [name for name in peers.FAMILIES if any(name in fastest(row) for row in chosen)]
+        columns = COLUMNS if "launches" in chosen[0] else COLUMNS[:-2]
+        table = []
+        for row in chosen:
+            ratios = fastest(row)
+            table.append([*(text(row) for _, text in columns), *(times(ratios.get(name)) for name in families)])
+        header = [*(name for name, _ in columns), *families]
+        _info.print_table(f"{title}; a peer's column says how many times as long it takes", header, table, left=4)
+    for row in rows:
+        if row["size"] == "256x2" and row.get("baseline_s") and row["peers"]:
+            net = ", ".join(f"{name} {figures['ratio_less_baseline']:.2f}x" for name, figures in fastest(row).items())
+            print(f"{row['op']} 256x2 {row['dtype']} less an empty backward ({duration(row['baseline_s'])}): {net}")
+    for row in rows:
+        if "error" in row:
+            print(f"FAILED {row['op']} {row['size']} {row['dtype']}: {row['error']}")
+
+
+def slug(device_type: str) -> str:
+    """A device's name as a file name: "cpu-amd-epyc-2c", "nvidia-h200"."""
+    name = f"cpu {_info.cpu_name()} {torch.get_num_threads()}c" if device_type == "cpu" else _info.device_name("cuda")
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit measured, with "+" where the working tree differs from it."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        described = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    except FileNotFoundError:  # no git
+        return None
+    return described.stdout.strip() or None
+
+
+def document(session: Session) -> dict:
+    """The results as JSON: nothing of the machine but its device."""
+    facts = _registration.build_facts()
+    return {
+        "device": _info.device_name(session.device.type),
+        "versions": _info.versions("flow_matching", "torchcfm"),
+        "build": {name: facts.get(name) for name in ("compiler", "nvcc", "cuda_arch_list", "flags")},
+        "commit": commit(),
+        "results": session.rows,
+    }
+
+
+def run(session: Session) -> None:
+    """Every case, under pytest-benchmark where it is installed and in a plain loop elsewhere."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        for case in session.cases:
+            session.measure(case)
+        return
+    import pytest
+
+    from . import conftest
+
+    conftest.chosen = session
+    arguments = [str(FOLDER), "-s", "-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    status = pytest.main([*arguments, "--benchmark-quiet", "--rootdir", str(FOLDER.parent)])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or len(session.rows) < len(session.cases):
+        done = f"{len(session.rows)} of {len(session.cases)} cases"
+        raise SystemExit(f"fmkernels: pytest stopped with {status!r} after {done}; see pytest benchmarks")
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    options = parser(prog).parse_args(argv)
+    session = Session(options)
+    if not session.cases:
+        parser(prog).error("no case is of that op, size and device")
+    run(session)
+    show(session.rows)
+    if session.path:
+        print(f"written: {session.path}")
+    return int(any("error" in row for row in session.rows))

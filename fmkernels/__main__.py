@@ -1,0 +1,74 @@
+"""The command line: python -m fmkernels info | verify | bench | demo."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+from . import _info
+
+ROOT = Path(__file__).resolve().parent.parent  # of a checkout; an installed wheel has only the package
+
+
+def in_checkout(path: str) -> Path:
+    """A file or folder that only a checkout has; ends with a message where it is missing."""
+    if not (ROOT / path).exists():
+        sys.exit(
+            f"fmkernels: {path} is not here: it comes with the source, not with the installed package. "
+            "Run this in a checkout (make demo, make bench, make verify) or install one with pip install -e ."
+        )
+    return ROOT / path
+
+
+def info(arguments: list[str]) -> int:
+    argparse.ArgumentParser(prog="python -m fmkernels info", description=COMMANDS["info"][1]).parse_args(arguments)
+    _info.show()
+    return 0
+
+
+def verify(arguments: list[str]) -> int:
+    suite = in_checkout("tests/test_contract.py")
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", str(suite), *arguments], cwd=ROOT).returncode
+
+
+def bench(arguments: list[str]) -> int:
+    in_checkout("benchmarks/run.py")
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.run import main
+
+    return main(arguments, prog="python -m fmkernels bench")
+
+
+def demo(arguments: list[str]) -> int:
+    return runpy.run_path(str(in_checkout("examples/checkerboard.py")))["main"](arguments) or 0
+
+
+COMMANDS = {
+    "info": (info, "Show versions, the build, the devices, and which backend answers each op."),
+    "verify": (verify, "Compare every kernel here with its reference: the contract suite; options go to pytest."),
+    "bench": (bench, "Measure every op here against its peers, after verifying it."),
+    "demo": (demo, "Train and sample a small flow on the checkerboard, with pictures."),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="python -m fmkernels",
+        usage="%(prog)s [-h] command ...",
+        description="Fused flow-matching kernels: what is installed, whether it is right, how fast it is.",
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+        + "\n\npython -m fmkernels COMMAND --help shows a command's own options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    return COMMANDS[options.command][0](options.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The contract again in processes of their own: on the references alone, and on Triton under its interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BACKENDS = {
+    "reference": {"FMK_BACKEND": "reference"},
+    # The variable must be set before triton is imported.
+    "triton": {"FMK_BACKEND": "triton", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FMK_BACKEND" in os.environ, reason="this process has a backend of its own already")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_contract(backend):
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_contract.py"]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | BACKENDS[backend], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

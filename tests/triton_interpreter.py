@@ -1,0 +1,288 @@
+"""Triton kernels under the interpreter, at tile sizes that a test can afford; test_triton.py runs this file in a process
+of its own, because TRITON_INTERPRET must be set before triton is imported. The contract suite does so for whole ops.
+
+Every case runs three times: on tiles that hold the problem, on tiles so small that rows are split over programs, and
+with so few programs that each walks several tiles. Drawn numbers must not depend on it.
+"""
+
+import math
+
+import pytest
+import torch
+from contract import pairwise
+
+import fmkernels as fmk
+from fmkernels import _registration
+from fmkernels.objectives import RHOS, Objective
+from fmkernels.ops.matching_loss import MatchingLoss, gradient_factor
+from fmkernels.ops.noise import DISTRIBUTIONS, noise_reference
+from fmkernels.ops.sample_path import STORE_X0, STORE_Z, PathArguments
+from fmkernels.triton_kernels import KERNELS, _tile
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}
+COLUMNS = {"D1": 1, "D3": 3, "D5": 5, "D70": 70, "D1030": 1030}
+ROWS = 5
+FIRST_ROW = 2**32 - 3
+KEY = torch.tensor([-(2**62) + 12345])
+
+SCHEDULES = {
+    repr(schedule): schedule
+    for schedule in (
+        fmk.CondOT(0.02), fmk.VP(), fmk.VE(), fmk.Cosine(), fmk.LinearVP(), fmk.SubVP(), fmk.Polynomial(2.5),
+        fmk.Polynomial(0.5), fmk.ConstantNoise(0.1), fmk.SchrodingerBridge(0.7),
+        fmk.Custom(lambda t: (t * t, 1 - t, t * (1 - t)), bridge=True),
+    )
+}  # fmt: skip
+SAMPLERS = {
+    repr(sampler): sampler
+    for sampler in (
+        fmk.Uniform(0.1, 0.9, shift=3.0), fmk.LogitNormal(0.3, 1.2), fmk.LogitNormal(stratified=True),
+        fmk.Mode(), fmk.CosMap(stratified=True), fmk.Beta(1.5, 0.999),
+    )
+}  # fmt: skip
+OBJECTIVES = {
+    "velocity": {},
+    "velocity_min_snr": {"weight": "min_snr"},
+    "noise": {"prediction": "noise"},
+    "noise_min_snr": {"prediction": "noise", "weight": "min_snr"},
+    "data": {"prediction": "data", "weight": "cosmap"},
+    "data_velocity": {"prediction": "data", "compare": "velocity", "weight": "sigma_sqrt"},
+    "score": {"prediction": "score"},
+    "edm": {"prediction": "edm"},
+}
+MASKS = {"no_mask": None, "rows": (), "runs": "runs", "elements": "elements"}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+# (elements of a tile, programs before they walk several)
+TILINGS = {"whole": None, "split": (256, 4096), "walk": (256, 2)}
+
+
+def op(name):
+    return _registration.overload(name)
+
+
+def tilings(monkeypatch, run):
+    """What ``run`` returns under each tiling."""
+    results = []
+    for tiling in TILINGS.values():
+        with monkeypatch.context() as patch:
+            if tiling is not None:
+                patch.setattr(_tile, "TILE", tiling[0])
+                patch.setattr(_tile, "SMALL_TILE", tiling[0])
+                patch.setattr(_tile, "MAX_PROGRAMS", tiling[1])
+            results.append(run())
+    return results
+
+
+def double(arguments):
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+def assert_within(value, want, allowed):
+    """|value − want| ≤ allowed plus a few roundings of the value's dtype."""
+    assert not value.isnan().any()
+    error = (value.double() - want).abs()
+    rounding = 8 * torch.finfo(value.dtype).eps * want.abs() + torch.finfo(value.dtype).smallest_normal
+    assert (error <= allowed + rounding).all(), f"off by {error.max()}: {value} instead of {want}"
+
+
+def test_triton_answers():
+    assert {_registration.answering(name, "cpu") for name in KERNELS} == {"triton"}
+    assert set(KERNELS) == set(_registration.references)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS)
+def test_noise(columns, dtype, distribution, monkeypatch):
+    arguments = (KEY, 3, columns, FIRST_ROW, 3, 2**24 - 1, DISTRIBUTIONS[distribution])
+    whole, *others = tilings(monkeypatch, lambda: op("noise")(*arguments, dtype))
+    for other in others:
+        assert torch.equal(whole, other)
+    exact = noise_reference(*arguments, F64)
+    absolute = {F64: 1e-14}.get(dtype, 2e-6) if distribution == "normal" else 0.0
+    assert_within(whole, exact, absolute)
+
+
+def path_cases():
+    factors = {
+        "schedule": SCHEDULES, "timesteps": SAMPLERS | {"given": None}, "objective": OBJECTIVES, "dtype": DTYPES,
+        "columns": COLUMNS, "x0": {"drawn": False, "given_x0": True},
+    }  # fmt: skip
+
+    def valid(labels):
+        if SCHEDULES[labels["schedule"]].code == fmk.Schedule.code and labels["timesteps"] != "given":
+            return False  # a table needs its times
+        try:
+            Objective(SCHEDULES[labels["schedule"]], **OBJECTIVES[labels["objective"]])
+        except ValueError:
+            return False
+        return True
+
+    return pairwise(factors, valid)
+
+
+@pytest.mark.parametrize("labels", path_cases(), ids=lambda labels: "-".join(labels.values()))
+def test_sample_path(labels, monkeypatch):
+    schedule, dtype, columns = SCHEDULES[labels["schedule"]], DTYPES[labels["dtype"]], COLUMNS[labels["columns"]]
+    timesteps = SAMPLERS.get(labels["timesteps"], fmk.Uniform())
+    x1, x0 = torch.randn(ROWS, columns).to(dtype), torch.randn(ROWS, columns).to(dtype)
+    x0 = x0 if labels["x0"] == "given_x0" else None
+    low, high = schedule.t_range
+    t = torch.linspace(low, high, ROWS) if labels["timesteps"] == "given" else None
+    table = None
+    if schedule.code == fmk.Schedule.code:
+        table = torch.stack(schedule.coefficients(t.to(F64 if dtype == F64 else F32)), dim=-1)
+    first_row, strata = (7, 20) if timesteps.stratified else (FIRST_ROW, 0)
+    path = PathArguments.of(Objective(schedule, **OBJECTIVES[labels["objective"]]), timesteps)
+    bits = (STORE_X0 if x0 is None else 0) | (STORE_Z if path.bridge else 0)
+    rest = (KEY, first_row, strata, 1, *path)
+
+    whole, *others = tilings(monkeypatch, lambda: op("sample_path")(x1, x0, t, table, *rest, bits))
+    for other in others:
+        for value, same in zip(other, whole, strict=True):
+            assert torch.equal(value, same)
+    x_t, drawn_t, rows, drawn_x0, drawn_z = whole
+    assert torch.equal(op("sample_path")(x1, x0, t, table, *rest, 0)[0], x_t)  # storing changes nothing
+    reference = _registration.references["sample_path"]
+    other = reference(x1, x0, t, table, *rest, bits)
+    assert [(v.shape, v.dtype, v.stride()) for v in whole] == [(v.shape, v.dtype, v.stride()) for v in other]
+    assert_within(drawn_t, other[1].double(), 2 * torch.finfo(drawn_t.dtype).eps)
+    if x0 is None:
+        assert torch.equal(drawn_x0, op("noise")(KEY, ROWS, columns, first_row, 0, 0, 0, dtype))
+    if path.bridge:
+        assert torch.equal(drawn_z, op("noise")(KEY, ROWS, columns, first_row, 1, 0, 0, dtype))
+
+    source = drawn_x0 if x0 is None else x0
+    want = reference(*double((x1, source, drawn_t, table)), *rest, 0)
+    again = reference(x1, source, drawn_t, table, *rest, 0)
+    # The bridge's noise, which the reference draws in fp64 above, is rounded in the path.
+    slack = 4 * torch.finfo(dtype).eps * (4 + x_t.double().abs()) if path.bridge else 0.0
+    assert_within(x_t, want[0], 2 * (again[0].double() - want[0]).abs() + slack)
+    assert_within(rows, want[2], 2 * (again[2].double() - want[2]).abs())
+
+
+LOSS_FACTORS = {
+    "prediction": DTYPES, "data": DTYPES, "table": {"t32": F32, "t64": F64}, "columns": COLUMNS, "mask": MASKS,
+    "terms": {"x1": 1, "x0": 2, "x1+x0": 3, "x1+x0+z": 7}, "noise": {"recompute": False, "store": True},
+    "weight": {"plain": False, "weighted": True}, "rho": RHOS, "reduction": REDUCTIONS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "labels", pairwise(LOSS_FACTORS, lambda labels: True), ids=lambda labels: "-".join(labels.values())
+)
+def test_matching_loss(labels, monkeypatch):
+    level = {name: LOSS_FACTORS[name][label] for name, label in labels.items()}
+    shape = (ROWS, 2, level["columns"])  # a mask [ROWS, 2] covers runs
+    prediction, x1 = torch.randn(shape).to(level["prediction"]), torch.randn(shape).to(level["data"])
+    table = torch.randn(ROWS, 6).to(level["table"])
+    x0 = z = None
+    columns = 2 * level["columns"]
+    noise = [op("noise")(KEY, ROWS, columns, FIRST_ROW, s, 0, 0, level["data"]).reshape(shape) for s in (0, 1)]
+    if level["noise"]:
+        x0, z = noise
+    mask = None
+    if level["mask"] is not None:
+        mask = torch.rand({(): (ROWS,), "runs": (ROWS, 2), "elements": shape}[level["mask"]]) < 0.6
+        mask[0] = False
+        kept = mask.reshape(mask.shape + (1,) * (3 - mask.dim())).expand(shape)
+        prediction[~kept] = x1[~kept] = math.nan  # what is left out must stay out
+    weight = torch.rand(ROWS).to(level["table"]) if level["weight"] else None
+    rest = (table, weight, mask, KEY, FIRST_ROW, level["terms"], level["rho"], 0.7, level["reduction"])
+    arguments = (prediction, x1, x0, z, *rest)
+
+    whole, *others = tilings(monkeypatch, lambda: op("_matching_loss_forward")(*arguments, True))
+    loss, gradient, denominator = whole
+    for other in others:
+        torch.testing.assert_close(other[0], loss, rtol=1e-5, atol=1e-6)
+        assert torch.equal(other[1], gradient) and torch.equal(other[2], denominator)
+    again = op("_matching_loss_forward")(*arguments, False)
+    assert torch.equal(again[0], loss) and again[1].numel() == again[2].numel() == 0
+    assert torch.equal(op("matching_loss")(*arguments), loss)
+
+    forward = _registration.references["_matching_loss_forward"]
+    same = forward(*arguments, True)
+    assert [(v.shape, v.dtype, v.stride()) for v in whole] == [(v.shape, v.dtype, v.stride()) for v in same]
+    want = forward(*double((prediction, x1, *noise, *rest)), True)
+    factor = gradient_factor(prediction, table, mask, level["reduction"])
+    scaling = level["reduction"] == REDUCTIONS["mean"] and mask is None and factor != 1
+    wanted_gradient = want[1] * (prediction.numel() if scaling else 1)
+    # A residual cancels: its error is relative to its largest term, a few units for these data.
+    magnitude = 200 * torch.finfo(loss.dtype).eps * (1 + wanted_gradient.abs().max())
+    assert_within(loss, want[0], 200 * torch.finfo(loss.dtype).eps * (1 + want[0].abs()))
+    assert_within(gradient, wanted_gradient, magnitude if level["rho"] != RHOS["absolute"] else math.inf)
+    assert_within(denominator, want[2], 0.0)
+
+    for scale in (torch.rand(loss.shape, dtype=loss.dtype), torch.ones(loss.shape, dtype=loss.dtype)):
+        scaled = op("_scale_gradient")(gradient, scale, denominator, factor)
+        expected = _registration.references["_scale_gradient"](*double((gradient, scale, denominator)), factor)
+        assert_within(scaled, expected, 0.0)
+        for in_place in (gradient.clone(), gradient.transpose(1, 2).contiguous().transpose(1, 2)):
+            op("_scale_gradient_")(in_place, scale, denominator, factor)
+            assert torch.equal(in_place, scaled)
+
+
+def test_absolute_value_has_the_gradient_of_its_sign():
+    prediction = torch.tensor([[-2.0, 0.0, 3.0, math.nan]])
+    table = torch.tensor([[1.0, 0, 0, 0, 1, 0]])
+    _, gradient, _ = op("_matching_loss_forward")(
+        prediction, prediction, None, None, table, None, None, KEY, 0, 0, RHOS["absolute"], 1.0, REDUCTIONS["sum"], True
+    )
+    assert gradient[0, :3].tolist() == [-1, 0, 1] and gradient[0, 3].isnan()
+
+
+def test_a_gradient_scaled_by_one_is_not_written(monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    written = []
+    store = type(interpreter_builder).create_masked_store
+    monkeypatch.setattr(
+        type(interpreter_builder), "create_masked_store", lambda self, *a: (written.append(1), store(self, *a))[1]
+    )
+    gradient = torch.randn(3, 70)
+    for scale, stores in ((1.0, 0), (2.0, 1)):
+        written.clear()
+        op("_scale_gradient_")(gradient, torch.tensor(scale), torch.empty(0), 1.0)
+        assert bool(written) == bool(stores)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_empty(shape):
+    x1, key = torch.randn(shape), KEY
+    path = PathArguments.of(Objective(fmk.CondOT()), fmk.Uniform())
+    for value, other in zip(
+        op("sample_path")(x1, None, None, None, key, 0, 0, 1, *path, STORE_X0),
+        _registration.references["sample_path"](x1, None, None, None, key, 0, 0, 1, *path, STORE_X0),
+    ):
+        torch.testing.assert_close(value, other)
+    for reduction in REDUCTIONS.values():
+        for mask in (None, torch.ones(shape, dtype=torch.bool)):
+            arguments = (x1, x1, None, None, torch.rand(shape[0], 6), None, mask, key, 0, 3, 0, 1.0, reduction, True)
+            values = op("_matching_loss_forward")(*arguments)
+            for value, other in zip(values, _registration.references["_matching_loss_forward"](*arguments)):
+                assert value.shape == other.shape and torch.equal(value, other)
+    assert op("noise")(key, *shape, 0, 0, 0, 0, F32).shape == shape
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_strata_are_each_hit_once(rows):
+    sampler = fmk.Uniform(stratified=True)
+    batch = fmk.ops.sample_path(torch.randn(rows, 2), key=KEY, timesteps=sampler)
+    assert (batch.t * rows).floor().sort().values.tolist() == list(range(rows))
+
+
+def test_backward_through_the_public_function():
+    fm = fmk.FlowMatching(fmk.VP(), noise="recompute")
+    batch = fm.sample(torch.randn(4, 33), key=KEY)
+    prediction = torch.randn(4, 33, requires_grad=True)
+    loss = fm.loss(prediction, batch)
+    assert type(loss.grad_fn).__name__ == MatchingLoss.__name__ + "Backward"
+    (gradient,) = torch.autograd.grad(3 * loss, prediction)
+    reference = _registration.references["matching_loss"]
+    arguments = (batch.x1, None, None, batch.table, None, None, KEY, 0, 3, 0, 1.0, REDUCTIONS["mean"])
+    (want,) = torch.autograd.grad(3 * reference(prediction, *arguments), prediction)
+    torch.testing.assert_close(gradient, want)
