@@ -45,6 +45,8 @@ def check_values(op, arguments, outputs=None):
     outputs = op.run(arguments) if outputs is None else outputs
     reference, expected = op.expected(arguments, outputs)
     assert len(outputs) == len(reference) == len(expected)
+    held = [t.untyped_storage().data_ptr() for t in (*arguments, *outputs) if isinstance(t, torch.Tensor) and t.numel()]
+    assert len(held) == len(set(held)), "an output shares memory with an input or another output"
     for i, (output, other, want) in enumerate(zip(outputs, reference, expected)):
         assert metadata(output) == metadata(other)
         assert output.is_contiguous()

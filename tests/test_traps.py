@@ -360,7 +360,7 @@ def test_micro_batches_of_tokens(device):
 
 def test_half_precision_never_rounds_times(device):
     """bf16 data: t is float32, and no target explodes because t rounded to 1."""
-    fm = fmk.FlowMatching(fmk.LinearVP(), timesteps=fmk.LogitNormal(2.0, 1.0))
+    fm = fmk.FlowMatching(fmk.LinearVP(), timesteps=fmk.LogitNormal(5.0, 1.0))
     batch = fm.sample(torch.randn(4096, 1, device=device).bfloat16())
     assert batch.t.dtype == torch.float32 and batch.table.dtype == torch.float32
     assert batch.table.isfinite().all() and batch.t.max() <= fm.schedule.t_range[1]

@@ -68,12 +68,8 @@ __device__ __forceinline__ uint32_t mask_bits(const bool* mask, int64_t cover, i
   return bits;
 }
 
-// Blocks that a multiprocessor is to hold at once: as many as the registers allow without spills.
 template <class P, class X, class A>
-constexpr int RESIDENT = sizeof(A) == 4 && sizeof(P) == sizeof(X) ? 3 : 2;
-
-template <class P, class X, class A>
-__global__ void __launch_bounds__(BLOCK, RESIDENT<P, X, A>) loss_kernel(const __grid_constant__ Loss<P, X, A> l) {
+__global__ void __launch_bounds__(BLOCK, RESIDENT<A, P, X>) loss_kernel(const __grid_constant__ Loss<P, X, A> l) {
   constexpr int V = WIDTH<P, X>;
   const Place at(l.grid);
   const uint64_t seed = uint64_t(*l.key);

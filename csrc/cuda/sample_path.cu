@@ -19,9 +19,8 @@ struct Path {
   Time *t_out, *table;
 };
 
-// The second launch bound is as many blocks a multiprocessor as the registers allow without spills.
 template <class T, class Time>
-__global__ void __launch_bounds__(BLOCK, sizeof(T) == 8 ? 2 : 3) path_kernel(const __grid_constant__ Path<T, Time> p) {
+__global__ void __launch_bounds__(BLOCK, RESIDENT<typename compute<T>::type, T>) path_kernel(const __grid_constant__ Path<T, Time> p) {
   constexpr int V = WIDTH<T>;
   using C = typename compute<T>::type;
   __shared__ C alpha[BLOCK], sigma[BLOCK], gamma[BLOCK];  // of the block's rows
