@@ -1,7 +1,7 @@
 # `make` lists the targets. All but gpu work in a virtual environment of their own, .venv, made on first use.
 #
 #   PYTHON=python3.12    the Python that .venv is made with (3.10 or later), or the one that `make gpu` runs
-#   TORCH_INDEX=URL      where torch comes from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
+#   TORCH_INDEX=URL      the package index that torch comes from, for another build of it than the default one
 #   ARGS="..."           more arguments for pytest, demo, verify or bench, e.g. make test ARGS="-k solve -x"
 #   FMK_CUDA, FMK_DEBUG, TORCH_CUDA_ARCH_LIST, ...    see setup.py
 

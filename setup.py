@@ -60,7 +60,7 @@ def find_torch():
     if not spec or tuple(map(int, version.split(".")[:2])) < (2, 11):
         sys.exit(
             f"\nfmkernels: building the kernels needs PyTorch 2.11 or later, found {version}. Install it first"
-            "\n(https://pytorch.org/get-started), then build against it:"
+            ", then build against it:"
             "\n    pip install torch setuptools pybind11 ninja\n    pip install --no-build-isolation -e ."
             "\nor install without compiled kernels:\n    FMK_EXTENSION=0 pip install --no-build-isolation -e .\n"
         )

@@ -312,7 +312,7 @@ def report(results: dict) -> None:
         "Checkerboard",
         "path",
         ("first loss", "last", "ms a step", *[f"{n} steps" for n in steps]),
-        "n steps: samples misplaced after n midpoint steps (total variation from the board)",
+        "n steps: samples misplaced after n midpoint steps (total variation)",
     )
     for name, path in results["paths"].items():
         figures = f"{path['first_loss']:.3f}", f"{path['final_loss']:.3f}", f"{1e3 * path['step_s']:.1f}"

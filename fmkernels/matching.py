@@ -124,7 +124,8 @@ class FlowMatching(torch.nn.Module):
 
     @classmethod
     def named(cls, name: str, schedule: Schedule | None = None, **options) -> FlowMatching:
-        """A named objective: "flow_matching", "ddpm", "score_matching" or "scoreflow"; options as for the class."""
+        """An objective by ``name``: "flow_matching", "ddpm", "score_matching" or "scoreflow"; ``schedule`` and options
+        are those of the class."""
         _checks.choice("name", name, NAMED)
         return cls(schedule, **{**NAMED[name], **options})
 

@@ -1,5 +1,6 @@
 """The contract of every op in :mod:`contract`: values, metadata, layouts, determinism, splitting, vmap, opcheck."""
 
+import importlib.util
 import os
 
 import pytest
@@ -79,14 +80,13 @@ def test_every_op_is_in_the_contract():
 
 @each_op
 def test_the_backend_asked_for_answers(op, device):
-    asked = _registration.backend()
     answers = _registration.answering(op.name, device.type)
-    if asked == "reference":
-        assert answers == "reference"
-    elif asked == "triton":
-        assert answers == "triton" or op.name == "matching_loss"
-    elif _registration.library_path().exists() and not os.environ.get("TRITON_INTERPRET"):
-        assert answers in ("cpp", "cuda", "triton"), f"{op.name} has no kernel on {device}"
+    if _registration.backend() in ("reference", "triton"):
+        assert answers == _registration.backend()
+    elif device.type == "cpu":
+        assert answers == ("cpp" if _registration.library_path().exists() else "reference")
+    else:
+        assert answers != "reference" or importlib.util.find_spec("triton") is None
 
 
 @each_case
@@ -160,12 +160,9 @@ def test_layouts(op, layout, device):
 @pytest.mark.parametrize("shape", ["3x7"] if INTERPRETED else WIDE)
 @each_op
 def test_same_bits_from_run_to_run_and_on_any_number_of_threads(op, shape, device):
-    for labels in few_of(op, 1 if INTERPRETED else 3):
-        shape_level = WIDE.get(shape, ((3, 7), 1))
-        levels = op.levels(labels, shape=shape_level)
-        if not op.valid(levels):
-            continue
-        arguments = op.make(levels, device)
+    slow = _registration.answering(op.name, device.type) == "reference" or INTERPRETED
+    for labels in few_of(op, 1 if slow else 3):
+        arguments = op.make(op.levels(labels, shape=WIDE.get(shape, ((3, 7), 1))), device)
         outputs = op.run(arguments)
         check_values(op, arguments, outputs)
         assert_equal_bits(op.run(arguments), outputs)

@@ -9,7 +9,7 @@ from fmkernels import _registration
 from fmkernels.ops.matching_loss import gradient_factor
 
 CPU = torch.device("cpu")
-FUNCTIONS = [(op, f.name) for op in OPS for f in op.functions(CPU)][:: 4 if INTERPRETED else 1]
+FUNCTIONS = [(op, f.name) for op in OPS for f in op.functions(CPU)][:: 8 if INTERPRETED else 1]
 each_function = pytest.mark.parametrize(("op", "name"), FUNCTIONS, ids=[f"{op.name}-{name}" for op, name in FUNCTIONS])
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from contract import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -69,7 +70,7 @@ def test_a_batch_of_incoming_gradients(reduction, device):
 
 def test_grad_scaler_in_fp16(device):
     """Scaled by 65536 a mean's gradient is well inside fp16, but divided by the count first it would underflow."""
-    shape = (64, 8192)
+    shape = (16, 8192) if INTERPRETED else (64, 8192)
     x1, x0 = torch.randn(shape, device=device).half(), torch.randn(shape, device=device).half()
     fm = fmk.FlowMatching()
     batch = fm.sample(x1, x0)
@@ -79,7 +80,7 @@ def test_grad_scaler_in_fp16(device):
     optimizer = torch.optim.SGD([prediction])
     scaler.unscale_(optimizer)
     exact = velocity_gradient(prediction.half(), batch, x0)
-    assert (2**-24 < exact.abs().median() * 2**16) and exact.abs().max() < 2**-20  # the trap is there
+    assert exact.abs().median() < 2**-18  # the trap is there: fp16 has few bits left below 2⁻¹⁴
     error = (prediction.grad.double() - exact).norm() / exact.norm()
     assert error < 1e-3
     early = (exact.half() * 2.0**16).double() / 2**16  # what dividing early gives
@@ -253,8 +254,8 @@ def peak_memory(run, device) -> int:
     (torch.float32, "store", 3),
 ])  # fmt: skip
 def test_peak_memory_is_x_t_and_the_gradient(dtype, noise, tensors, device):
-    if _registration.answering("sample_path", device.type) == "reference":
-        pytest.skip("a property of the kernels: the reference holds every intermediate")
+    if INTERPRETED or _registration.answering("sample_path", device.type) == "reference":
+        pytest.skip("a property of the kernels: references and the Triton interpreter hold every intermediate")
     fm = fmk.FlowMatching(noise=noise)
     x1 = torch.randn(64, 16384, device=device).to(dtype)
     prediction = torch.randn(64, 16384, device=device).to(dtype).requires_grad_()
@@ -295,7 +296,7 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("case", SPLIT)
+@pytest.mark.parametrize("case", list(SPLIT)[: 2 if INTERPRETED else 3])
 @pytest.mark.parametrize("parts", [1, 2, 7])
 @pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("noise", NOISE_MODES)

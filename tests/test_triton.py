@@ -226,6 +226,8 @@ def test_compiles_without_spills(arch, launches, tmp_path):
     print(f"\nsm_{arch}: {'kernel':30} {'dtype':6} registers  instructions an element")
     for name, (call, read, written) in KERNELS.items():
         for label, dtype in DTYPES.items():
+            if arch != 90 and dtype == F32:
+                continue  # bf16 is the harder one; half the time
             for launch in launches(lambda: call(dtype)):  # noqa: B023 - called at once
                 compiled = launch.compile(arch)
                 used = resources(compiled, tmp_path)

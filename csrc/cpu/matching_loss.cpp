@@ -4,13 +4,11 @@
 #include "math/rho.h"
 #include "noise.h"
 #include "stage.h"
+#include "torch/loss.h"
 #include "torch/path.h"
 
 namespace fmk {
 namespace {
-
-enum Reduction { REDUCE_NONE = 0, REDUCE_SUM = 1, REDUCE_MEAN = 2 };
-constexpr int64_t TERM_X1 = 1, TERM_X0 = 2, TERM_Z = 4;
 
 constexpr int64_t MAX_ROWS = TILE / 4;  // of a tile: a row takes at least one group
 
@@ -76,6 +74,35 @@ FMK_INLINE void slope_rows(C* __restrict out, const RowCoefficients<C>& rows, C 
   });
 }
 
+// Residual, Σ r² and gradient at once for the commonest loss: the residual never leaves the registers. `out` may be null.
+template <class C>
+FMK_INLINE void square_rows(C* __restrict out, C* __restrict sums, const RowCoefficients<C>& rows,
+                            const C* __restrict prediction, const C* __restrict x1, const C* __restrict x0,
+                            int64_t count, int64_t columns) {
+  with_columns(count, columns, [&]<int D>() __attribute__((always_inline)) {
+    const int64_t n = D ? D : columns;
+    for (int64_t r = 0; r < count; ++r) {
+      const C p = rows.p[r], a = rows.a[r], b = rows.b[r], slope = C(2) * rows.slope[r];
+      C sum = 0;
+      if (out) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = r * n; j < r * n + n; ++j) {
+          const C residual = p * prediction[j] + a * x1[j] + b * x0[j];
+          sum += residual * residual;
+          out[j] = slope * residual;
+        }
+      } else {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = r * n; j < r * n + n; ++j) {
+          const C residual = p * prediction[j] + a * x1[j] + b * x0[j];
+          sum += residual * residual;
+        }
+      }
+      sums[r] = sum;
+    }
+  });
+}
+
 template <class C>
 FMK_INLINE void multiply_rows(C* __restrict x, const C* __restrict by, int64_t step, int64_t count, int64_t columns) {
   with_columns(count, columns, [&]<int D>() __attribute__((always_inline)) {
@@ -91,6 +118,10 @@ FMK_INLINE void multiply_rows(C* __restrict x, const C* __restrict by, int64_t s
   CLONES void residuals(C* out, const RowCoefficients<C>& rows, const C* prediction, const C* x1, const C* x0,       \
                         const C* z, int64_t count, int64_t columns) {                                                \
     residual_rows(out, rows, prediction, x1, x0, z, count, columns);                                                 \
+  }                                                                                                                  \
+  CLONES void squares(C* out, C* sums, const RowCoefficients<C>& rows, const C* prediction, const C* x1, const C* x0, \
+                      int64_t count, int64_t columns) {                                                              \
+    square_rows(out, sums, rows, prediction, x1, x0, count, columns);                                                \
   }                                                                                                                  \
   CLONES void rho_sums(C* sums, int kind, C k, const C* residual, int64_t count, int64_t columns) {                  \
     if (kind == RHO_SQUARE) return rho_rows<RHO_SQUARE>(sums, k, residual, count, columns);                          \
@@ -196,15 +227,17 @@ void run(const Loss& l, const Cut& cut, const T* table, const T* weight, Partial
         if (l.terms & TERM_X0 && !x0) draw(noise, l, tile, STREAM_X0), x0 = noise;
         if (l.terms & TERM_Z && !z) draw(bridge, l, tile, STREAM_BRIDGE), z = bridge;
 
-        residuals(residual, rows, p, x1, x0, z, tile.rows, tile.count);
-        if (l.mask) select(residual, l.mask, l.cover, offset, elements);
-        rho_sums(sums, l.rho, C(l.rho_k), residual, tile.rows, tile.count);
-        if (l.gradient) {
-          C* out = direct ? static_cast<C*>(l.gradient) + offset : converted;
-          slopes(out, rows, l.rho, C(l.rho_k), residual, tile.rows, tile.count);
-          if (l.mask) select(out, l.mask, l.cover, offset, elements);
-          if (!direct) store(l.gradient, l.prediction_type, offset, converted, elements);
+        C* out = !l.gradient ? nullptr : direct ? static_cast<C*>(l.gradient) + offset : converted;
+        if (l.rho == RHO_SQUARE && x1 && x0 && !z && !l.mask) {
+          squares(out, sums, rows, p, x1, x0, tile.rows, tile.count);
+        } else {
+          residuals(residual, rows, p, x1, x0, z, tile.rows, tile.count);
+          if (l.mask) select(residual, l.mask, l.cover, offset, elements);
+          rho_sums(sums, l.rho, C(l.rho_k), residual, tile.rows, tile.count);
+          if (out) slopes(out, rows, l.rho, C(l.rho_k), residual, tile.rows, tile.count);
+          if (out && l.mask) select(out, l.mask, l.cover, offset, elements);
         }
+        if (out && !direct) store(l.gradient, l.prediction_type, offset, converted, elements);
         for (int64_t r = 0; r < tile.rows; ++r) {
           const int64_t kept = l.mask ? kept_of(l.mask, l.cover, offset + r * tile.count, tile.count) : tile.count;
           if (l.reduction == REDUCE_NONE) {

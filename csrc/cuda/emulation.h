@@ -25,7 +25,7 @@ namespace fmk::cuda {
 
 struct Fibers {
   static constexpr size_t STACK = 64 * 1024;
-  dim3 thread, size, block, blocks;
+  dim3 thread, size, block;
   unsigned current = 0;
   ucontext_t scheduler;
   std::vector<ucontext_t> contexts;
@@ -59,7 +59,7 @@ inline void Fibers::run_block() {
   for (bool forwards = false; !done[0]; forwards = !forwards) {
     for (unsigned i = 0; i < threads; ++i) {
       current = forwards ? i : threads - 1 - i;
-      thread = {current % size.x, current / size.x, 0};
+      thread = {current % size.x, current / size.x};
       swapcontext(&scheduler, &contexts[current]);
     }
     for (unsigned i = 0; i < threads; ++i) FMK_CHECK(done[i] == done[0], "some threads of a block miss a barrier");
@@ -93,23 +93,18 @@ namespace fmk::cuda {
 
 inline void store16(uint4* p, uint4 x) { *p = x; }
 
-class Device {
- public:
-  explicit Device(const Tensor&) {}
-
-  template <class Arguments>
-  void launch(void (*kernel)(Arguments), const Arguments& arguments) const {
-    static void (*target)(Arguments);
-    target = kernel;
-    fibers.call = [](const void* argument) { target(*static_cast<const Arguments*>(argument)); };
-    fibers.argument = &arguments;
-    fibers.size = {unsigned(arguments.grid.lanes), 256 / unsigned(arguments.grid.lanes), 1};
-    for (int64_t block = 0; block < arguments.grid.blocks; ++block) {
-      fibers.block = {unsigned(block), 0, 0};
-      fibers.run_block();
-    }
+template <class Arguments>
+void emulate(void (*kernel)(Arguments), dim3 blocks, dim3 threads, const Arguments& arguments) {
+  static void (*target)(Arguments);
+  target = kernel;
+  fibers.call = [](const void* argument) { target(*static_cast<const Arguments*>(argument)); };
+  fibers.argument = &arguments;
+  fibers.size = threads;
+  for (unsigned i = 0; i < blocks.x; ++i) {
+    fibers.block = {i};
+    fibers.run_block();
   }
-};
+}
 
 }  // namespace fmk::cuda
 

@@ -11,9 +11,13 @@
 
 namespace fmk::cuda {
 
-constexpr int BLOCK = 256;               // threads
-constexpr int64_t MAX_STEPS = 8;         // chunks a thread takes, one after the other
+constexpr int BLOCK = 256;        // threads
+constexpr int64_t MAX_STEPS = 8;  // chunks a thread takes, one after the other
+#ifdef __CUDACC__
 constexpr int64_t THREADS = 512 * 1024;  // enough to fill any GPU: beyond it threads take several chunks
+#else
+constexpr int64_t THREADS = 1024;  // so that small tests go that way too
+#endif
 constexpr int64_t MAX_BLOCKS = (int64_t(1) << 31) - 1;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -62,27 +66,38 @@ __device__ inline int thread_index() { return threadIdx.y * blockDim.x + threadI
 __device__ __forceinline__ void store16(uint4* p, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
+#endif
 
 // Makes a tensor's device current, and launches on its current stream. A kernel takes one struct, whose member `grid`
 // says how it is cut.
 class Device {
  public:
+#ifdef __CUDACC__
   explicit Device(const Tensor& tensor)
       : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
+#else
+  explicit Device(const Tensor&) {}
+#endif
 
   template <class Arguments>
   void launch(void (*kernel)(Arguments), const Arguments& arguments) const {
     const Grid& grid = arguments.grid;
     if (grid.blocks == 0) return;
     FMK_CHECK(grid.blocks <= MAX_BLOCKS, "tensor too large for one launch: ", grid.rows, " rows of ", grid.columns);
-    kernel<<<dim3(grid.blocks), dim3(grid.lanes, BLOCK / grid.lanes), 0, stream_>>>(arguments);
+    const dim3 blocks{unsigned(grid.blocks)}, threads{unsigned(grid.lanes), unsigned(BLOCK / grid.lanes)};
+#ifdef __CUDACC__
+    kernel<<<blocks, threads, 0, stream_>>>(arguments);
     FMK_LAUNCH_CHECK();
+#else
+    emulate(kernel, blocks, threads, arguments);
+#endif
   }
 
+#ifdef __CUDACC__
  private:
   DeviceGuard guard_;
   cudaStream_t stream_;
-};
 #endif
+};
 
 }  // namespace fmk::cuda

@@ -299,11 +299,11 @@ void scale_into(const Tensor& gradient, const Tensor& out, const Tensor& scale_i
   const bool wide = gradient.scalar_type() == ScalarType::Double || scale.scalar_type() == ScalarType::Double;
   const auto launch = [&]<class P, class A>() {
     const Grid grid(rows, gradient.numel() / rows, WIDTH<P>);
-    const P* const p = data<const P>(gradient);
-    P* const q = data<P>(out);
-    const bool vector = aligned(p, q) && rows_aligned(grid, WIDTH<P>);
+    P* const to = data<P>(out);  // first: it may move memory that is copied on write
+    const P* const from = data<const P>(gradient);
+    const bool vector = aligned(from, to) && rows_aligned(grid, WIDTH<P>);
     const Floats divisor = denominator.numel() > 0 ? Floats(denominator) : Floats();
-    device.launch(scale_kernel<P, A>, Scale<P, A>{grid, vector, p, q, Floats(scale), divisor, A(factor)});
+    device.launch(scale_kernel<P, A>, Scale<P, A>{grid, vector, from, to, Floats(scale), divisor, A(factor)});
   };
   dispatch(gradient.scalar_type(), [&]<class P>() {
     if constexpr (!std::is_same_v<P, double>) {

@@ -16,7 +16,7 @@ MAX_COLUMNS = 2**34  # the column group is a 32-bit word of the counter
 
 
 def key(device=None, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw a key: an int64 tensor of shape [1] on ``device``, by one ``torch.randint``.
+    """Draw a key: an int64 tensor ``[1]`` on ``device``, by one ``torch.randint`` (``generator`` None: torch's own).
 
     ``torch.manual_seed``, CUDA graphs and ``torch.compile`` work as for any torch draw; a Generator cannot be used inside
     ``torch.compile``. Outside compiled code a seed of your own is ``torch.tensor([seed])``. Draw the key outside

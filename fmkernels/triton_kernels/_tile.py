@@ -20,6 +20,14 @@ MAX_PROGRAMS = 4096  # beyond that, programs walk several tiles, so that per-row
 MAX_STEPS = 64
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton's own takes microseconds, and so does its next_power_of_2
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
 @dataclass(frozen=True)
 class Tile:
     """Launch configuration of a kernel over [rows, columns]."""
@@ -35,17 +43,15 @@ class Tile:
     @classmethod
     def of(cls, rows: int, columns: int, dtype: torch.dtype) -> Tile:
         elements = SMALL_TILE if dtype == torch.float64 or columns <= SHORT_ROW else TILE
-        block_groups = min(triton.next_power_of_2(max(triton.cdiv(columns, 4), 1)), elements // 4)
+        block_groups = min(next_power_of_2(cdiv(columns, 4)), elements // 4)
         block_rows = elements // (4 * block_groups)
-        tiles = triton.cdiv(columns, 4 * block_groups)
-        row_programs, steps = triton.cdiv(rows, block_rows), 1
-        while steps < min(tiles, MAX_STEPS) and row_programs * triton.cdiv(tiles, steps) > MAX_PROGRAMS:
+        tiles = cdiv(columns, 4 * block_groups)
+        row_programs, steps = cdiv(rows, block_rows), 1
+        while steps < min(tiles, MAX_STEPS) and row_programs * cdiv(tiles, steps) > MAX_PROGRAMS:
             steps *= 2
-        column_programs = max(triton.cdiv(tiles, steps), 1)
-        return cls(
-            block_rows, block_groups, steps, 4, min(columns & -columns, 16) or 16, column_programs,
-            row_programs * column_programs,
-        )  # fmt: skip
+        column_programs = max(cdiv(tiles, steps), 1)
+        align = min(columns & -columns, 16) or 16
+        return cls(block_rows, block_groups, steps, 4, align, column_programs, row_programs * column_programs)
 
     @property
     def constants(self) -> dict:
@@ -75,10 +81,9 @@ def program_rows(column_programs, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def program_columns(columns, column_programs, SPAN: tl.constexpr):
-    """First column of a program and the column that it ends before, int64."""
-    first = (tl.program_id(0) % column_programs).to(tl.int64) * SPAN
-    return first, tl.minimum(columns, first + SPAN)
+def program_column(column_programs, SPAN: tl.constexpr):
+    """First column of a program, int64."""
+    return (tl.program_id(0) % column_programs).to(tl.int64) * SPAN
 
 
 @triton.jit

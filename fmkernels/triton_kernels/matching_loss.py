@@ -12,10 +12,10 @@ import triton.language as tl
 from ..objectives import REDUCTIONS, TERM_X0, TERM_X1, TERM_Z
 from ..ops.matching_loss import compute_dtype
 from ._math import STREAM_BRIDGE, STREAM_X0, d_rho, from_float, interleave, normals, rho, scalar
-from ._tile import Tile, aligned, launch, program_columns, program_rows
+from ._tile import TILE, Tile, aligned, cdiv, launch, next_power_of_2, program_column, program_rows
 
 NONE, SUM, MEAN = REDUCTIONS["none"], REDUCTIONS["sum"], REDUCTIONS["mean"]
-MASK_ROWS, MASK_ELEMENTS = tl.constexpr(1), tl.constexpr(2)  # a mask value covers rows, or elements of a row
+MASK_ROWS = tl.constexpr(-1)  # MASK where a value covers rows; else the elements, 1 or 4, for which one is read; 0 none
 PARTS = 1024  # partial sums that the total adds at a time
 
 
@@ -25,15 +25,15 @@ def matching_loss_kernel(
     rows: tl.int64, columns: tl.int64, first_row: tl.int64, column_programs, covered, rho_k: tl.float64,
     factor: tl.float64,
     HAS_X1: tl.constexpr, HAS_X0: tl.constexpr, HAS_Z: tl.constexpr, RHO: tl.constexpr, MASK: tl.constexpr,
-    UNIT: tl.constexpr, BY_ROW: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr,
+    BY_ROW: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = 4 * BLOCK_GROUPS
     DTYPE: tl.constexpr = x1.dtype.element_ty
     COMPUTE: tl.constexpr = partial_sum.dtype.element_ty
     columns = aligned(columns, ALIGN)
     row = program_rows(column_programs, BLOCK_ROWS)
-    begin, end = program_columns(columns, column_programs, STEPS * BLOCK)
+    first_column = program_column(column_programs, STEPS * BLOCK)
     inside = row < rows
     k = scalar(rho_k, COMPUTE)
 
@@ -59,7 +59,8 @@ def matching_loss_kernel(
     total = tl.zeros([BLOCK_ROWS, BLOCK_GROUPS], COMPUTE)
     count = tl.zeros([BLOCK_ROWS, BLOCK_GROUPS], tl.int32)
     base = row[:, None] * columns
-    for start in range(begin, end, BLOCK):
+    for step in range(STEPS):
+        start = first_column + step * BLOCK
         group = start // 4 + tl.arange(0, BLOCK_GROUPS)
         column = start + tl.arange(0, BLOCK)
         element = base + column[None, :]
@@ -67,13 +68,12 @@ def matching_loss_kernel(
         kept = present
         if MASK == MASK_ROWS:
             kept = present & row_kept[:, None]
-        elif MASK == MASK_ELEMENTS:
-            # What is divided, for one element in UNIT, is the distance to the first run, in 32 bits.
-            distance = (start % covered).to(tl.int32) + UNIT * tl.arange(0, BLOCK // UNIT)
-            run = start // covered + distance // covered
-            own_run = inside[:, None] & (start + UNIT * tl.arange(0, BLOCK // UNIT) < columns)[None, :]
-            value = tl.load(mask + row[:, None] * (columns // covered) + run[None, :], mask=own_run, other=0)
-            if UNIT == 4:
+        elif MASK > 0:
+            offset = MASK * tl.arange(0, BLOCK // MASK)
+            run = start // covered + ((start % covered).to(tl.int32) + offset) // covered  # divided in 32 bits
+            read = inside[:, None] & (start + offset < columns)[None, :]
+            value = tl.load(mask + row[:, None] * (columns // covered) + run[None, :], mask=read, other=0)
+            if MASK == 4:
                 value = interleave(value, value, value, value)
             kept = present & (value != 0)
 
@@ -117,15 +117,15 @@ def matching_loss_kernel(
 @triton.jit(do_not_specialize=["rows", "parts"])
 def total_kernel(
     partial_sum, partial_count, loss, denominator, rows: tl.int64, parts: tl.int64, divisor: tl.float64,
-    BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of each row in fp64, always in the same order, and divides by the count of what was added."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows
     total = tl.zeros([BLOCK_ROWS, BLOCK_PARTS], tl.float64)
     count = tl.zeros([BLOCK_ROWS, BLOCK_PARTS], tl.int64)
-    for start in range(0, parts, BLOCK_PARTS):
-        part = start + tl.arange(0, BLOCK_PARTS)
+    for step in range(STEPS):
+        part = step * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
         element = row[:, None] * parts + part[None, :]
         present = inside[:, None] & (part < parts)[None, :]
         total += tl.load(partial_sum + element, mask=present, other=0.0).to(tl.float64)
@@ -161,7 +161,7 @@ def matching_loss_forward(
     partial_sum = torch.empty(parts, dtype=dtype, device=device)
     partial_count = torch.empty(parts, dtype=torch.int32, device=device) if counted else None
     mask, mask_mode, covered = _mask(mask, rows, columns)
-    # Half precision in float16 would lose the quotient by the element count: its backward divides.
+    # In float16 the quotient by the element count would underflow: its backward divides.
     divides = mask is None and reduction == MEAN and prediction.dtype != torch.float16
     inputs = (
         None if tensor is None else tensor.contiguous() for tensor in (prediction, x1, x0, z, table, weight, mask, key)
@@ -170,31 +170,32 @@ def matching_loss_forward(
         matching_loss_kernel, tile.programs, *inputs, slope if gradient else None, partial_sum, partial_count,
         rows, columns, first_row, tile.column_programs, covered, rho_k, 1 / (rows * columns) if divides else 1.0,
         HAS_X1=bool(terms & TERM_X1), HAS_X0=bool(terms & TERM_X0), HAS_Z=bool(terms & TERM_Z), RHO=rho,
-        MASK=mask_mode, UNIT=1 if covered % 4 else 4, BY_ROW=by_row, device=device, **tile.constants,
+        MASK=mask_mode, BY_ROW=by_row, device=device, **tile.constants,
     )  # fmt: skip
 
     rows, parts = (rows, tile.column_programs) if by_row else (1, tile.programs)
     divisor = {NONE: columns, SUM: 1, MEAN: prediction.numel()}[reduction]
-    block_parts = min(triton.next_power_of_2(parts), PARTS)
+    block_parts = min(next_power_of_2(parts), PARTS)
     block_rows = PARTS // block_parts if by_row else 1
     launch(
-        total_kernel, triton.cdiv(rows, block_rows), partial_sum, partial_count, loss,
+        total_kernel, cdiv(rows, block_rows), partial_sum, partial_count, loss,
         denominator if counted and gradient else None, rows, parts, divisor,
-        BLOCK_ROWS=block_rows, BLOCK_PARTS=block_parts, num_warps=4, device=device,
+        BLOCK_ROWS=block_rows, BLOCK_PARTS=block_parts,
+        STEPS=next_power_of_2(cdiv(parts, block_parts)), num_warps=4, device=device,
     )  # fmt: skip
     return loss, slope, denominator
 
 
 def _mask(mask, rows: int, columns: int):
-    """The mask as the kernel reads it, how, and how many rows or elements of a row a value covers."""
+    """The mask as the kernel reads it, its MASK, and how many rows or elements of a row a value covers."""
     if mask is None:
         return None, 0, 1
     covered = rows * columns // mask.numel()
     if covered >= columns:
         return mask, MASK_ROWS.value, covered // columns
-    if covered >= 2**31 - 2**16:  # the kernel divides in 32 bits
+    if covered >= 2**31 - TILE:  # more than the kernel's division takes
         mask, covered = mask.reshape(-1, 1).expand(-1, covered), 1
-    return mask, MASK_ELEMENTS.value, covered
+    return mask, 1 if covered % 4 else 4, covered
 
 
 def matching_loss(*arguments):
@@ -212,16 +213,17 @@ def scale_gradient_kernel(
     COMPUTE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     columns = aligned(columns, ALIGN)
     row = program_rows(column_programs, BLOCK_ROWS)
-    begin, end = program_columns(columns, column_programs, STEPS * BLOCK)
+    first_column = program_column(column_programs, STEPS * BLOCK)
     inside = row < rows
-    multiplier = tl.load(scale + row, mask=inside, other=1.0).to(COMPUTE) * scalar(factor, COMPUTE)
+    multiplier = tl.load(scale + row, mask=inside).to(COMPUTE) * scalar(factor, COMPUTE)
     if denominator is not None:
         multiplier /= tl.load(denominator + row, mask=inside, other=1.0).to(COMPUTE)
+    multiplier = tl.where(inside, multiplier, 1.0)
     if IN_PLACE:  # a multiplier of 1 leaves the gradient as it is: the usual case of loss.backward()
-        if tl.sum((inside & (multiplier != 1.0)).to(tl.int32), axis=0) == 0:
-            end = begin
-    for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+        if tl.sum((multiplier != 1.0).to(tl.int32), axis=0) == 0:
+            return
+    for step in range(STEPS):
+        column = first_column + step * BLOCK + tl.arange(0, BLOCK)
         element = row[:, None] * columns + column[None, :]
         present = inside[:, None] & (column < columns)[None, :]
         scaled = multiplier[:, None] * tl.load(gradient + element, mask=present).to(COMPUTE)

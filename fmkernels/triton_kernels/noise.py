@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..ops.noise import DISTRIBUTIONS
 from ._math import from_float, interleave, normals, philox_row, uniform
-from ._tile import Tile, aligned, launch, program_columns, program_rows
+from ._tile import Tile, aligned, launch, program_column, program_rows
 
 NORMAL = tl.constexpr(DISTRIBUTIONS["normal"])
 
@@ -22,9 +22,10 @@ def noise_kernel(
     seed = tl.load(key)
     columns = aligned(columns, ALIGN)
     row = program_rows(column_programs, BLOCK_ROWS)
-    begin, end = program_columns(columns, column_programs, STEPS * BLOCK)
+    first_column = program_column(column_programs, STEPS * BLOCK)
     out += row[:, None] * columns
-    for start in range(begin, end, BLOCK):
+    for step in range(STEPS):
+        start = first_column + step * BLOCK
         group = start // 4 + tl.arange(0, BLOCK_GROUPS)
         column = start + tl.arange(0, BLOCK)
         if DISTRIBUTION == NORMAL:

@@ -20,7 +20,7 @@ from ._math import (
     timestep_inverse_cdf,
     timestep_uniform,
 )
-from ._tile import Tile, aligned, launch, program_columns, program_rows
+from ._tile import Tile, aligned, launch, program_column, program_rows
 
 RUN_TIME = ["rows", "columns", "first_row", "strata"]
 
@@ -42,7 +42,7 @@ def sample_path_kernel(
     seed = tl.load(key)
     columns = aligned(columns, ALIGN)
     row = program_rows(column_programs, BLOCK_ROWS)
-    begin, end = program_columns(columns, column_programs, STEPS * BLOCK)
+    first_column = program_column(column_programs, STEPS * BLOCK)
     inside = row < rows
 
     low, high = scalar(t_low, TIME), scalar(t_high, TIME)
@@ -68,7 +68,7 @@ def sample_path_kernel(
     )
     w = objective_weight(WEIGHT, scalar(weight_k, TIME), PREDICTION, alpha, sigma, d_alpha, d_sigma)
 
-    first = row < tl.where(begin == 0, rows, 0)  # the first program of a row writes what the row has once
+    first = row < tl.where(first_column == 0, rows, 0)  # the first program of a row writes what the row has once
     table += row * 6
     tl.store(t_out + row, time, mask=first)
     tl.store(table, p, mask=first)
@@ -82,7 +82,8 @@ def sample_path_kernel(
     sigma = (sigma * scale).to(COMPUTE)[:, None]
     gamma = (gamma * scale).to(COMPUTE)[:, None]
     base = row[:, None] * columns
-    for start in range(begin, end, BLOCK):
+    for step in range(STEPS):
+        start = first_column + step * BLOCK
         group = start // 4 + tl.arange(0, BLOCK_GROUPS)
         column = start + tl.arange(0, BLOCK)
         element = base + column[None, :]
