@@ -36,9 +36,7 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
 
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if value.shape != other.shape:
-        raise ValueError(
-            f"{name}: expected shape {list(other.shape)}, that of {other_name}, got {list(value.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape {list(other.shape)}, that of {other_name}, got {list(value.shape)}")
 
 
 def same_dtype(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

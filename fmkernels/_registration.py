@@ -122,8 +122,8 @@ def choose_backends() -> None:
     found = importlib.util.find_spec("triton") is not None
     if name == "triton" and not (found and device_types):
         raise RuntimeError(
-            "FMK_BACKEND=triton: expected triton, and a CUDA build of torch or TRITON_INTERPRET=1 to interpret the kernels "
-            f"on the CPU; got triton {'installed' if found else 'not installed'}, torch {torch.__version__}"
+            "FMK_BACKEND=triton: expected triton, and a CUDA build of torch or TRITON_INTERPRET=1 to interpret the "
+            f"kernels on the CPU; got triton {'installed' if found else 'not installed'}, torch {torch.__version__}"
         )
     if not found and device_types:
         problems.append("Triton kernels not used: triton is not installed (pip install triton)")

@@ -32,7 +32,7 @@ from .timesteps import TimestepSampler, Uniform
 __all__ = ["Batch", "FlowMatching"]
 
 NOISE_MODES = ("auto", "recompute", "store")
-# What "auto" means: (device type, half precision) -> mode. On the CPU a normal costs about fifteen times its copy.
+# What "auto" means: (device type, half precision) -> mode. On the CPU a normal costs many times its copy.
 AUTO_NOISE = {("cpu", False): "store", ("cpu", True): "store"}
 
 
@@ -163,9 +163,7 @@ class FlowMatching(torch.nn.Module):
             raise ValueError("generator: expected None where key is given")
         bits = 0
         if self._noise_mode(x1) == "store":
-            bits = (STORE_X0 if self._terms & TERM_X0 else 0) | (
-                STORE_Z if self._terms & TERM_Z else 0
-            )
+            bits = (STORE_X0 if self._terms & TERM_X0 else 0) | (STORE_Z if self._terms & TERM_Z else 0)
         path = call_path(
             x1, x0, t, key, self.schedule, self.timesteps, self._arguments, t_dims, first_row, total_rows, bits
         )
@@ -234,8 +232,8 @@ class FlowMatching(torch.nn.Module):
 class VelocityField(torch.nn.Module):
     """f(t, x, **extras): the velocity that a model's prediction implies, v = f·x + g·model(scale·x, t).
 
-    t is a scalar or ``[B]``, expanded to ``[B]`` in at least float32, and clamped to ``t_range``: data models say nothing
-    where σ = 0, noise and score models where α = 0.
+    t is a scalar or ``[B]``, expanded to ``[B]`` in at least float32, and clamped to ``t_range``: data models say
+    nothing where σ = 0, noise and score models where α = 0.
     """
 
     def __init__(self, fm: FlowMatching, model: Callable):

@@ -61,7 +61,10 @@ class MinSNR:
 
 @dataclass(frozen=True)
 class PseudoHuber:
-    """ρ(r) = √(r² + k²) − k. Source: Song and Dhariwal, "Improved Techniques for Training Consistency Models" (2024)."""
+    """ρ(r) = √(r² + k²) − k.
+
+    Source: Song and Dhariwal, "Improved Techniques for Training Consistency Models" (2024).
+    """
 
     k: float = 1.0
 
@@ -207,7 +210,13 @@ class Objective:
     def table(self, t: torch.Tensor, v: Coefficients) -> tuple[torch.Tensor, torch.Tensor]:
         """The per-row table [..., 6] of (p, a, b, c, w, network time) and the scale of x_t, in torch."""
         return objective_table(
-            t, v, PREDICTIONS[self.prediction], self.compare_code, self.parameter, WEIGHTS[self.weight_name], self.weight_k
+            t,
+            v,
+            PREDICTIONS[self.prediction],
+            self.compare_code,
+            self.parameter,
+            WEIGHTS[self.weight_name],
+            self.weight_k,
         )
 
 

@@ -68,7 +68,9 @@ def emulated(tmp_path_factory):
     options += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT}/csrc", f"-I{torch_folder}/include"]
     for name in SOURCES:
-        subprocess.run([compiler, *options, "-x", "c++", "-c", CUDA / f"{name}.cu", "-o", folder / f"{name}.o"], check=True)
+        subprocess.run(
+            [compiler, *options, "-x", "c++", "-c", CUDA / f"{name}.cu", "-o", folder / f"{name}.o"], check=True
+        )
     objects, library = [folder / f"{name}.o" for name in SOURCES], folder / "_C.so"
     link = ["-shared", *objects, f"-L{torch_folder}/lib", "-Wl,--no-as-needed", "-ltorch", "-o", library]
     subprocess.run([compiler, *link], check=True)

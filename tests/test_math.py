@@ -10,7 +10,9 @@ import fmkernels as fmk
 from fmkernels import objectives
 from fmkernels.ops.noise import STREAMS, hash32, log_uniform, normal_pair, permute, philox
 
-host = pytest.importorskip("fmkernels._host", reason="csrc/math is evaluated by the compiled module _host, not built here")
+host = pytest.importorskip(
+    "fmkernels._host", reason="csrc/math is evaluated by the compiled module _host, not built here"
+)
 
 SCHEDULES = {
     "SCHEDULE_COND_OT": fmk.CondOT(0.1),
@@ -34,7 +36,9 @@ SAMPLERS = {
 
 def times(schedule, dtype=torch.float64):
     low, high = schedule.t_range
-    return torch.cat([torch.linspace(low, high, 301), torch.tensor([low + 1e-4, high - 1e-4])]).to(dtype).clamp(low, high)
+    return (
+        torch.cat([torch.linspace(low, high, 301), torch.tensor([low + 1e-4, high - 1e-4])]).to(dtype).clamp(low, high)
+    )
 
 
 def close(actual, expected, eps, what):
@@ -83,7 +87,10 @@ def test_fp32_numerics_near_the_data_end():
     t = torch.tensor([1 - 1e-5], dtype=torch.float32)
     for schedule in (fmk.VP(), fmk.SubVP(), fmk.Polynomial(3.0), fmk.LinearVP(), fmk.Cosine()):
         exact = schedule.coefficients(t.double()).sigma
-        for sigma in (schedule.coefficients(t).sigma, torch.from_numpy(host.schedule32(schedule.code, *schedule.parameters_, t.numpy()))[:, 1]):
+        for sigma in (
+            schedule.coefficients(t).sigma,
+            torch.from_numpy(host.schedule32(schedule.code, *schedule.parameters_, t.numpy()))[:, 1],
+        ):
             assert abs(sigma.double() / exact - 1) < 1e-5, schedule  # 1 − exp(−T) would be 1 % off
     for schedule in SCHEDULES.values():
         assert all(torch.isfinite(c).all() for c in schedule.coefficients(times(schedule, torch.float32))), schedule
@@ -113,7 +120,9 @@ def test_objective_rows_of_csrc_equal_the_reference(name):
         p, c, w = objectives.PREDICTIONS[prediction], objectives.COMPARES[compare], objectives.WEIGHTS[weight]
         rows, scale = objectives.objective_table(t, v, p, c, 0.3, w, 5.0)
         expected = torch.cat([rows, scale.unsqueeze(-1)], dim=-1)
-        close(host.objective64(p, c, 0.3, w, 5.0, t.numpy(), table), expected, 1e-12, (name, prediction, compare, weight))
+        close(
+            host.objective64(p, c, 0.3, w, 5.0, t.numpy(), table), expected, 1e-12, (name, prediction, compare, weight)
+        )
 
 
 @pytest.mark.parametrize("prediction", ["noise", "data", "score", "edm"])
@@ -137,7 +146,11 @@ def test_every_prediction_implies_the_same_velocity(prediction, schedule):
     field = fm.velocity(lambda x, t: given.append((x, t)) or exact[prediction])
     torch.testing.assert_close(field(t, x_t), velocity, rtol=1e-9, atol=1e-9)
     for compare in (None, "velocity"):
-        if compare and prediction in ("noise", "score") and schedule.coefficients(torch.tensor(schedule.t_range[0])).alpha == 0:
+        if (
+            compare
+            and prediction in ("noise", "score")
+            and schedule.coefficients(torch.tensor(schedule.t_range[0])).alpha == 0
+        ):
             continue
         fm = fmk.FlowMatching(schedule, prediction, compare, sigma_floor=1e-3)
         batch = fm.sample(x1, x0, t)
@@ -163,7 +176,12 @@ def test_velocity_losses_equal_the_velocity_error(prediction):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_timesteps_of_csrc_equal_the_reference(name):
     sampler = SAMPLERS[name]
-    u = torch.cat([torch.linspace(1e-3, 1 - 1e-3, 500, dtype=torch.float64), torch.tensor([2.0**-33, 1 - 2.0**-33], dtype=torch.float64)])
+    u = torch.cat(
+        [
+            torch.linspace(1e-3, 1 - 1e-3, 500, dtype=torch.float64),
+            torch.tensor([2.0**-33, 1 - 2.0**-33], dtype=torch.float64),
+        ]
+    )
     for shift in (1.0, 3.0, 0.4):
         sampler = type(sampler)(**{n: getattr(sampler, n) for n in sampler._parameters_}, shift=shift)
         ours = host.timestep(sampler.code, *sampler.parameters_, shift, u.numpy())
@@ -173,8 +191,12 @@ def test_timesteps_of_csrc_equal_the_reference(name):
 
 
 def test_inverse_normal_cdf():
-    u = torch.cat([torch.logspace(-12, -0.31, 400, dtype=torch.float64), 1 - torch.logspace(-9, -0.31, 400, dtype=torch.float64)])
-    np.testing.assert_allclose(host.inverse_normal_cdf(u.numpy()), torch.special.ndtri(u).numpy(), rtol=2e-14, atol=1e-15)
+    u = torch.cat(
+        [torch.logspace(-12, -0.31, 400, dtype=torch.float64), 1 - torch.logspace(-9, -0.31, 400, dtype=torch.float64)]
+    )
+    np.testing.assert_allclose(
+        host.inverse_normal_cdf(u.numpy()), torch.special.ndtri(u).numpy(), rtol=2e-14, atol=1e-15
+    )
 
 
 def test_philox_known_answers():
@@ -225,8 +247,12 @@ def test_normal_maps_agree_between_precisions_and_languages():
     exact = log_uniform(torch.from_numpy(m.astype(np.int64)), torch.float64).numpy()
     assert np.abs(host.log_uniform32(m) / exact - 1).max() < 3e-7  # relative, close to u = 1 too
     x = np.linspace(-0.5, 0.5, 10001)
-    assert np.abs(host.sin_pi32(x.astype(np.float32)) - np.sin(np.pi * x.astype(np.float32).astype(float))).max() < 1.5e-7
-    assert np.abs(host.cos_pi32(x.astype(np.float32)) - np.cos(np.pi * x.astype(np.float32).astype(float))).max() < 1.5e-7
+    assert (
+        np.abs(host.sin_pi32(x.astype(np.float32)) - np.sin(np.pi * x.astype(np.float32).astype(float))).max() < 1.5e-7
+    )
+    assert (
+        np.abs(host.cos_pi32(x.astype(np.float32)) - np.cos(np.pi * x.astype(np.float32).astype(float))).max() < 1.5e-7
+    )
 
 
 def test_permutation():
@@ -265,7 +291,9 @@ def test_half_precision_conversions_are_exact(kind, dtype):
     generator = np.random.default_rng(0)
     floats = generator.integers(0, 2**32, 400_000, dtype=np.uint32).view(np.float32)
     halfway = ((values[~nan].astype(np.float64)[:-1] + values[~nan].astype(np.float64)[1:]) / 2).astype(np.float32)
-    floats = np.concatenate([floats, values[~nan], halfway, np.float32([65504, 65519.996, 65520, 1e-8, 6e-8, -0.0, np.inf])])
+    floats = np.concatenate(
+        [floats, values[~nan], halfway, np.float32([65504, 65519.996, 65520, 1e-8, 6e-8, -0.0, np.inf])]
+    )
     floats = floats[~np.isnan(floats)]
     expected = torch.from_numpy(floats).to(dtype).view(torch.int16).numpy().view(np.uint16)
     assert (getattr(host, f"{kind}_bits")(floats) == expected).all()

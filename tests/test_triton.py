@@ -42,7 +42,7 @@ def run(*arguments, **environment):
 
 @pytest.mark.slow
 def test_interpreter():
-    """Every kernel against its reference; see triton_interpreter.py. The variable must be set before triton is imported."""
+    """Every kernel against its reference, in a process of its own: see triton_interpreter.py."""
     options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreter.py")
     result = run(*options, FMK_BACKEND="triton", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
@@ -174,7 +174,7 @@ MORE = {
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Records launches instead of running them: ``launches(call)`` returns those of a call."""
+    """Records launches instead of running them: ``launches(call, …)`` returns those of a call."""
     if INTERPRETED:
         pytest.skip("interpreted kernels are not compiled")
     from fmkernels.triton_kernels import matching_loss, noise, sample_path
@@ -188,9 +188,9 @@ def launches(monkeypatch):
     for module in (noise, sample_path, matching_loss):
         monkeypatch.setattr(module, "launch", record)
 
-    def of(call):
+    def of(call, *arguments):
         recorded.clear()
-        call()
+        call(*arguments)
         return list(recorded)
 
     return of
@@ -216,8 +216,9 @@ def resources(compiled, tmp_path) -> dict[str, int]:
 
 def instructions(compiled, tmp_path) -> int:
     """Machine instructions of a kernel, padding left out."""
-    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", cuobjdump(compiled, "-sass", tmp_path))
-    return sum(name != "NOP" for name in code)
+    code = cuobjdump(compiled, "-sass", tmp_path)
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+    return sum(name != "NOP" for name in names)
 
 
 @pytest.mark.slow
@@ -228,7 +229,7 @@ def test_compiles_without_spills(arch, launches, tmp_path):
         for label, dtype in DTYPES.items():
             if arch != 90 and dtype == F32:
                 continue  # bf16 is the harder one; half the time
-            for launch in launches(lambda: call(dtype)):  # noqa: B023 - called at once
+            for launch in launches(call, dtype):
                 compiled = launch.compile(arch)
                 used = resources(compiled, tmp_path)
                 title = launch.kernel.__name__ if launch.kernel.__name__ == "total_kernel" else name
@@ -254,7 +255,8 @@ def check_width(compiled, launch, dtype, read, written):
 @pytest.mark.parametrize("name", MORE)
 def test_variants_compile_without_spills(name, launches, tmp_path):
     for launch in launches(MORE[name]):
-        print(f"\n{name:25} {launch.kernel.__name__:22} {resources(launch.compile(90), tmp_path)['REG']} registers", end="")
+        used = resources(launch.compile(90), tmp_path)
+        print(f"\n{name:25} {launch.kernel.__name__:22} {used['REG']} registers", end="")
 
 
 def test_every_kernel_is_compiled(launches):
@@ -269,7 +271,7 @@ def test_every_kernel_is_compiled(launches):
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
-    compiled = {launch.kernel.__name__ for call, _, _ in KERNELS.values() for launch in launches(lambda: call(F32))}
+    compiled = {launch.kernel.__name__ for call, _, _ in KERNELS.values() for launch in launches(call, F32)}
     assert compiled == defined
 
 

@@ -74,7 +74,8 @@ FMK_INLINE void slope_rows(C* __restrict out, const RowCoefficients<C>& rows, C 
   });
 }
 
-// Residual, Σ r² and gradient at once for the commonest loss: the residual never leaves the registers. `out` may be null.
+// Residual, Σ r² and gradient at once for the commonest loss: the residual never leaves the registers. `out` may be
+// null.
 template <class C>
 FMK_INLINE void square_rows(C* __restrict out, C* __restrict sums, const RowCoefficients<C>& rows,
                             const C* __restrict prediction, const C* __restrict x1, const C* __restrict x0,
@@ -114,28 +115,28 @@ FMK_INLINE void multiply_rows(C* __restrict x, const C* __restrict by, int64_t s
 }
 
 // target_clones does not reach through templates, hence a plain function a type.
-#define FMK_LOOPS(C, CLONES)                                                                                         \
-  CLONES void residuals(C* out, const RowCoefficients<C>& rows, const C* prediction, const C* x1, const C* x0,       \
-                        const C* z, int64_t count, int64_t columns) {                                                \
-    residual_rows(out, rows, prediction, x1, x0, z, count, columns);                                                 \
-  }                                                                                                                  \
+#define FMK_LOOPS(C, CLONES)                                                                                          \
+  CLONES void residuals(C* out, const RowCoefficients<C>& rows, const C* prediction, const C* x1, const C* x0,        \
+                        const C* z, int64_t count, int64_t columns) {                                                 \
+    residual_rows(out, rows, prediction, x1, x0, z, count, columns);                                                  \
+  }                                                                                                                   \
   CLONES void squares(C* out, C* sums, const RowCoefficients<C>& rows, const C* prediction, const C* x1, const C* x0, \
-                      int64_t count, int64_t columns) {                                                              \
-    square_rows(out, sums, rows, prediction, x1, x0, count, columns);                                                \
-  }                                                                                                                  \
-  CLONES void rho_sums(C* sums, int kind, C k, const C* residual, int64_t count, int64_t columns) {                  \
-    if (kind == RHO_SQUARE) return rho_rows<RHO_SQUARE>(sums, k, residual, count, columns);                          \
-    if (kind == RHO_ABSOLUTE) return rho_rows<RHO_ABSOLUTE>(sums, k, residual, count, columns);                      \
-    rho_rows<RHO_PSEUDO_HUBER>(sums, k, residual, count, columns);                                                   \
-  }                                                                                                                  \
-  CLONES void slopes(C* out, const RowCoefficients<C>& rows, int kind, C k, const C* residual, int64_t count,        \
-                     int64_t columns) {                                                                              \
-    if (kind == RHO_SQUARE) return slope_rows<RHO_SQUARE>(out, rows, k, residual, count, columns);                   \
-    if (kind == RHO_ABSOLUTE) return slope_rows<RHO_ABSOLUTE>(out, rows, k, residual, count, columns);               \
-    slope_rows<RHO_PSEUDO_HUBER>(out, rows, k, residual, count, columns);                                            \
-  }                                                                                                                  \
-  CLONES void multiply(C* x, const C* by, int64_t step, int64_t count, int64_t columns) {                            \
-    multiply_rows(x, by, step, count, columns);                                                                      \
+                      int64_t count, int64_t columns) {                                                               \
+    square_rows(out, sums, rows, prediction, x1, x0, count, columns);                                                 \
+  }                                                                                                                   \
+  CLONES void rho_sums(C* sums, int kind, C k, const C* residual, int64_t count, int64_t columns) {                   \
+    if (kind == RHO_SQUARE) return rho_rows<RHO_SQUARE>(sums, k, residual, count, columns);                           \
+    if (kind == RHO_ABSOLUTE) return rho_rows<RHO_ABSOLUTE>(sums, k, residual, count, columns);                       \
+    rho_rows<RHO_PSEUDO_HUBER>(sums, k, residual, count, columns);                                                    \
+  }                                                                                                                   \
+  CLONES void slopes(C* out, const RowCoefficients<C>& rows, int kind, C k, const C* residual, int64_t count,         \
+                     int64_t columns) {                                                                               \
+    if (kind == RHO_SQUARE) return slope_rows<RHO_SQUARE>(out, rows, k, residual, count, columns);                    \
+    if (kind == RHO_ABSOLUTE) return slope_rows<RHO_ABSOLUTE>(out, rows, k, residual, count, columns);                \
+    slope_rows<RHO_PSEUDO_HUBER>(out, rows, k, residual, count, columns);                                             \
+  }                                                                                                                   \
+  CLONES void multiply(C* x, const C* by, int64_t step, int64_t count, int64_t columns) {                             \
+    multiply_rows(x, by, step, count, columns);                                                                       \
   }
 FMK_LOOPS(float, FMK_CLONES)
 FMK_LOOPS(double, )
@@ -165,7 +166,8 @@ void select(C* x, const bool* mask, int64_t cover, int64_t offset, int64_t count
 
 int64_t kept_of(const bool* mask, int64_t cover, int64_t offset, int64_t count) {
   int64_t total = 0;
-  for_runs(mask, cover, offset, count, [&](int64_t first, int64_t last, bool kept) { total += kept ? last - first : 0; });
+  for_runs(mask, cover, offset, count,
+           [&](int64_t first, int64_t last, bool kept) { total += kept ? last - first : 0; });
   return total;
 }
 
@@ -348,12 +350,12 @@ Tensor matching_loss(const Tensor& prediction, const Tensor& x1, const std::opti
                      const std::optional<Tensor>& z, const Tensor& table, const std::optional<Tensor>& weight,
                      const std::optional<Tensor>& mask, const Tensor& key, int64_t first_row, int64_t terms,
                      int64_t rho, double rho_k, int64_t reduction) {
-  return std::get<0>(forward(prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction,
-                             false));
+  return std::get<0>(
+      forward(prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction, false));
 }
 
-// out = gradient · scale · factor / denominator, a scale for each row or one for all; memory is left alone where that is
-// the gradient itself.
+// out = gradient · scale · factor / denominator, a scale for each row or one for all; memory is left alone where that
+// is the gradient itself.
 template <class C>
 void scale_rows(const void* gradient, void* out, ScalarType type, int64_t rows, int64_t columns, const C* scale,
                 int64_t scales, const C* denominator, double factor) {

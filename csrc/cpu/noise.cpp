@@ -33,46 +33,46 @@ void philox_scalar(WordTile& tile, int64_t first, int64_t count, uint64_t seed, 
 // Compilers turn the high half of a 32 x 32 bit product into shuffles; here a 64-bit lane holds one counter word, whose
 // upper half may hold anything, since the multiplication reads the lower half only. Several vectors in flight hide its
 // latency. Returns how many groups were done, a multiple of the vectors' width.
-#define FMK_PHILOX(name, isa, V, LANES, WIDEN, SET, MUL, SHIFT, XOR, NARROW)                                            \
-  __attribute__((target(isa))) int64_t name(WordTile& tile, int64_t count, uint64_t seed, uint32_t stream) {            \
-    constexpr int64_t FLIGHT = 4, STEP = FLIGHT * LANES;                                                                \
-    const V m0 = SET(PHILOX_M0), m1 = SET(PHILOX_M1);                                                                   \
-    int64_t i = 0;                                                                                                      \
-    for (; i + STEP <= count; i += STEP) {                                                                              \
-      V c0[FLIGHT], c1[FLIGHT], c2[FLIGHT], c3[FLIGHT];                                                                 \
-      for (int v = 0; v < FLIGHT; ++v) {                                                                                \
-        c0[v] = WIDEN(tile.group + i + v * LANES);                                                                      \
-        c1[v] = WIDEN(tile.row_low + i + v * LANES);                                                                    \
-        c2[v] = WIDEN(tile.row_high + i + v * LANES);                                                                   \
-        c3[v] = SET(stream);                                                                                            \
-      }                                                                                                                 \
-      uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);                                                          \
-      for (int round = 0; round < PHILOX_ROUNDS; ++round) {                                                             \
-        const V key0 = SET(k0), key1 = SET(k1);                                                                         \
-        for (int v = 0; v < FLIGHT; ++v) {                                                                              \
-          const V p0 = MUL(c0[v], m0), p1 = MUL(c2[v], m1);                                                             \
-          c0[v] = XOR(XOR(SHIFT(p1, 32), c1[v]), key0);                                                                 \
-          c2[v] = XOR(XOR(SHIFT(p0, 32), c3[v]), key1);                                                                 \
-          c1[v] = p1;                                                                                                   \
-          c3[v] = p0;                                                                                                   \
-        }                                                                                                               \
-        k0 += PHILOX_W0;                                                                                                \
-        k1 += PHILOX_W1;                                                                                                \
-      }                                                                                                                 \
-      for (int v = 0; v < FLIGHT; ++v) {                                                                                \
-        NARROW(tile.w0 + i + v * LANES, c0[v]);                                                                         \
-        NARROW(tile.w1 + i + v * LANES, c1[v]);                                                                         \
-        NARROW(tile.w2 + i + v * LANES, c2[v]);                                                                         \
-        NARROW(tile.w3 + i + v * LANES, c3[v]);                                                                         \
-      }                                                                                                                 \
-    }                                                                                                                   \
-    return i;                                                                                                           \
+#define FMK_PHILOX(name, isa, V, LANES, WIDEN, SET, MUL, SHIFT, XOR, NARROW)                                 \
+  __attribute__((target(isa))) int64_t name(WordTile& tile, int64_t count, uint64_t seed, uint32_t stream) { \
+    constexpr int64_t FLIGHT = 4, STEP = FLIGHT * LANES;                                                     \
+    const V m0 = SET(PHILOX_M0), m1 = SET(PHILOX_M1);                                                        \
+    int64_t i = 0;                                                                                           \
+    for (; i + STEP <= count; i += STEP) {                                                                   \
+      V c0[FLIGHT], c1[FLIGHT], c2[FLIGHT], c3[FLIGHT];                                                      \
+      for (int v = 0; v < FLIGHT; ++v) {                                                                     \
+        c0[v] = WIDEN(tile.group + i + v * LANES);                                                           \
+        c1[v] = WIDEN(tile.row_low + i + v * LANES);                                                         \
+        c2[v] = WIDEN(tile.row_high + i + v * LANES);                                                        \
+        c3[v] = SET(stream);                                                                                 \
+      }                                                                                                      \
+      uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);                                               \
+      for (int round = 0; round < PHILOX_ROUNDS; ++round) {                                                  \
+        const V key0 = SET(k0), key1 = SET(k1);                                                              \
+        for (int v = 0; v < FLIGHT; ++v) {                                                                   \
+          const V p0 = MUL(c0[v], m0), p1 = MUL(c2[v], m1);                                                  \
+          c0[v] = XOR(XOR(SHIFT(p1, 32), c1[v]), key0);                                                      \
+          c2[v] = XOR(XOR(SHIFT(p0, 32), c3[v]), key1);                                                      \
+          c1[v] = p1;                                                                                        \
+          c3[v] = p0;                                                                                        \
+        }                                                                                                    \
+        k0 += PHILOX_W0;                                                                                     \
+        k1 += PHILOX_W1;                                                                                     \
+      }                                                                                                      \
+      for (int v = 0; v < FLIGHT; ++v) {                                                                     \
+        NARROW(tile.w0 + i + v * LANES, c0[v]);                                                              \
+        NARROW(tile.w1 + i + v * LANES, c1[v]);                                                              \
+        NARROW(tile.w2 + i + v * LANES, c2[v]);                                                              \
+        NARROW(tile.w3 + i + v * LANES, c3[v]);                                                              \
+      }                                                                                                      \
+    }                                                                                                        \
+    return i;                                                                                                \
   }
 
 #define FMK_WIDEN4(p) _mm256_cvtepu32_epi64(_mm_load_si128(reinterpret_cast<const __m128i*>(p)))
 #define FMK_WIDEN8(p) _mm512_cvtepu32_epi64(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)))
-#define FMK_NARROW4(p, v)                          \
-  _mm_store_si128(reinterpret_cast<__m128i*>(p),   \
+#define FMK_NARROW4(p, v)                        \
+  _mm_store_si128(reinterpret_cast<__m128i*>(p), \
                   _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6))))
 #define FMK_NARROW8(p, v) _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(v))
 

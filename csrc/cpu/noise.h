@@ -11,7 +11,8 @@ namespace fmk {
 inline int64_t padded(int64_t columns) { return (columns + 3) / 4 * 4; }
 
 // Standard normals of a tile, out[row][column], in C and rounded to `type`; `out` has room for TILE elements, which is
-// what the tile may take with its rows padded. `first_row` is the global number of row 0; tile.column is a multiple of 4.
+// what the tile may take with its rows padded. `first_row` is the global number of row 0; tile.column is a multiple
+// of 4.
 template <class C>
 void normals(C* out, uint64_t seed, int64_t first_row, const Block& tile, uint32_t stream, ScalarType type);
 

@@ -6,15 +6,15 @@ namespace fmk {
 namespace {
 
 // target_clones does not reach through templates, hence one plain function a pair of types.
-#define FMK_CONVERT(Storage, Compute)                                                                               \
-  FMK_CLONES void load_loop(Compute* __restrict out, const Storage* __restrict in, int64_t count) {                 \
-    for (int64_t i = 0; i < count; ++i) out[i] = Compute(to_float(in[i]));                                          \
-  }                                                                                                                 \
-  FMK_CLONES void store_loop(Storage* __restrict out, const Compute* __restrict in, int64_t count) {                \
-    for (int64_t i = 0; i < count; ++i) out[i] = from_float<Storage>(in[i]);                                        \
-  }                                                                                                                 \
-  FMK_CLONES void round_loop(Storage, Compute* x, int64_t count) {                                                  \
-    for (int64_t i = 0; i < count; ++i) x[i] = Compute(to_float(from_float<Storage>(x[i])));                        \
+#define FMK_CONVERT(Storage, Compute)                                                                \
+  FMK_CLONES void load_loop(Compute* __restrict out, const Storage* __restrict in, int64_t count) {  \
+    for (int64_t i = 0; i < count; ++i) out[i] = Compute(to_float(in[i]));                           \
+  }                                                                                                  \
+  FMK_CLONES void store_loop(Storage* __restrict out, const Compute* __restrict in, int64_t count) { \
+    for (int64_t i = 0; i < count; ++i) out[i] = from_float<Storage>(in[i]);                         \
+  }                                                                                                  \
+  FMK_CLONES void round_loop(Storage, Compute* x, int64_t count) {                                   \
+    for (int64_t i = 0; i < count; ++i) x[i] = Compute(to_float(from_float<Storage>(x[i])));         \
   }
 FMK_CONVERT(float, float)
 FMK_CONVERT(double, float)

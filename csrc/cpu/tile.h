@@ -1,5 +1,5 @@
-// How a [rows, columns] tensor is cut into work on the CPU. The cut depends on the shape alone, so sums are taken in the
-// same order whatever the number of threads.
+// How a [rows, columns] tensor is cut into work on the CPU. The cut depends on the shape alone, so sums are taken in
+// the same order whatever the number of threads.
 #pragma once
 
 #include <algorithm>

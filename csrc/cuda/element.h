@@ -14,7 +14,10 @@ constexpr int WIDTH = ((sizeof(T) == 2) || ...) ? 8 : 4;
 // Blocks that a multiprocessor is to hold at once, for arithmetic in A on elements of types T: as many as the registers
 // allow without spills.
 template <class A, class... T>
-constexpr int RESIDENT = sizeof(A) == 8 ? 2 : ((sizeof(T) == 4) && ...) ? 4 : ((sizeof(T) == 2) && ...) ? 3 : 2;
+constexpr int RESIDENT = sizeof(A) == 8              ? 2
+                         : ((sizeof(T) == 4) && ...) ? 4
+                         : ((sizeof(T) == 2) && ...) ? 3
+                                                     : 2;
 
 // Whether whole chunks may be loaded and stored 16 bytes at a time, if every row starts where one may.
 template <class... T>

@@ -4,7 +4,7 @@
 
 #include <ucontext.h>
 
-#include <cstdio>
+#include <cstring>
 #include <vector>
 
 #define __global__

@@ -187,7 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& prediction_in, const Te
   FMK_CHECK(!x0 || x0->numel() == numel, "expected x0 of x1's size");
   FMK_CHECK(!z || z->numel() == numel, "expected z of x1's size");
   FMK_CHECK(!weight || weight->numel() == rows, "expected a weight a row");
-  FMK_CHECK(!mask || mask->numel() == 0 || numel % mask->numel() == 0, "expected a mask whose values cover equal runs");
+  FMK_CHECK(!mask || (mask->numel() > 0 ? numel % mask->numel() == 0 : numel == 0),
+            "expected a mask whose values cover equal runs");
   const bool wide = prediction.scalar_type() == ScalarType::Double || x1.scalar_type() == ScalarType::Double ||
                     table.scalar_type() == ScalarType::Double;
   const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
@@ -235,9 +236,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& prediction_in, const Te
     l.vector = l.vector && aligned(l.prediction, l.x1, l.x0, l.z, l.gradient);
     device.launch(loss_kernel<P, X, A>, l);
     const int64_t outputs = per_row ? rows : 1;
-    device.launch(total_kernel, Total{Grid(outputs, per_row ? grid.segments : parts, 1, false), int(reduction), sums,
-                                      counts, loss.mutable_data_ptr(),
-                                      divides ? denominator.mutable_data_ptr() : nullptr, wide});
+    device.launch(total_kernel,
+                  Total{Grid(outputs, per_row ? grid.segments : parts, 1, false), int(reduction), sums, counts,
+                        loss.mutable_data_ptr(), divides ? denominator.mutable_data_ptr() : nullptr, wide});
   };
   dispatch(prediction.scalar_type(), [&]<class P>() {
     dispatch(x1.scalar_type(), [&]<class X>() {
@@ -254,8 +255,8 @@ Tensor matching_loss(const Tensor& prediction, const Tensor& x1, const std::opti
                      const std::optional<Tensor>& z, const Tensor& table, const std::optional<Tensor>& weight,
                      const std::optional<Tensor>& mask, const Tensor& key, int64_t first_row, int64_t terms,
                      int64_t rho, double rho_k, int64_t reduction) {
-  return std::get<0>(forward(prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction,
-                             false));
+  return std::get<0>(
+      forward(prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction, false));
 }
 
 template <class P, class A>

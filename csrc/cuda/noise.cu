@@ -52,8 +52,8 @@ Tensor noise(const Tensor& key, int64_t rows, int64_t columns, int64_t first_row
     const Grid grid(rows, columns, WIDTH<T>);
     T* const p = data<T>(out);
     const bool vector = aligned(p) && rows_aligned(grid, WIDTH<T>);
-    const Noise<T> arguments{grid,           vector, data<const int64_t>(key), first_row, stream_word(stream, index),
-                             int(distribution), p};
+    const Noise<T> arguments{
+        grid, vector, data<const int64_t>(key), first_row, stream_word(stream, index), int(distribution), p};
     device.launch(noise_kernel<T>, arguments);
   });
   return out;

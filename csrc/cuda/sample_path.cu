@@ -20,7 +20,8 @@ struct Path {
 };
 
 template <class T, class Time>
-__global__ void __launch_bounds__(BLOCK, RESIDENT<typename compute<T>::type, T>) path_kernel(const __grid_constant__ Path<T, Time> p) {
+__global__ void __launch_bounds__(BLOCK, RESIDENT<typename compute<T>::type, T>)
+    path_kernel(const __grid_constant__ Path<T, Time> p) {
   constexpr int V = WIDTH<T>;
   using C = typename compute<T>::type;
   __shared__ C alpha[BLOCK], sigma[BLOCK], gamma[BLOCK];  // of the block's rows

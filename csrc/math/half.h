@@ -1,4 +1,5 @@
-// Two-byte floating-point storage with branch-free conversions that compilers vectorise; CUDA has instructions for them.
+// Two-byte floating-point storage with branch-free conversions that compilers vectorise; CUDA has instructions for
+// them.
 #pragma once
 
 #include "macros.h"
@@ -81,8 +82,7 @@ FMK_HD f16 from_float<f16>(float x) {
   const uint32_t rebiased = magnitude - 0x38000000u;
   const uint32_t normal = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13;
   // Subnormal: adding 0.5 aligns the fraction to the last place of the result and rounds it in hardware.
-  const uint32_t subnormal =
-      bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;

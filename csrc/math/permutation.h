@@ -1,7 +1,7 @@
 // A keyed bijection on [0, n): the swap-or-not shuffle of Hoang, Morris and Rogaway (CRYPTO 2012).
 //
-// Round i pairs x with (K_i - x) mod n and moves to the partner where a hash of the pair's larger member says so. Any n,
-// a fixed number of rounds, no data-dependent loop, no sort, no exchange between ranks.
+// Round i pairs x with (K_i - x) mod n and moves to the partner where a hash of the pair's larger member says so. Any
+// n, a fixed number of rounds, no data-dependent loop, no sort, no exchange between ranks.
 #pragma once
 
 #include "philox.h"

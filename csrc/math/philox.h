@@ -37,8 +37,8 @@ FMK_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
 
 FMK_HD Words philox(Words c, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    c = Words{multiply_high(PHILOX_M1, c.w2) ^ c.w1 ^ k0, PHILOX_M1 * c.w2,
-              multiply_high(PHILOX_M0, c.w0) ^ c.w3 ^ k1, PHILOX_M0 * c.w0};
+    c = Words{multiply_high(PHILOX_M1, c.w2) ^ c.w1 ^ k0, PHILOX_M1 * c.w2, multiply_high(PHILOX_M0, c.w0) ^ c.w3 ^ k1,
+              PHILOX_M0 * c.w0};
     k0 += PHILOX_W0;
     k1 += PHILOX_W1;
   }

@@ -15,6 +15,8 @@ enum TimestepSampler {
   TIMESTEP_BETA = 4,          // q0 (1 - u^(1/q1)), the inverse of Beta(1, q1) times q0
 };
 
+// clang-format off: one line a stretch of a Horner chain
+
 // Φ⁻¹ by Wichura's rational approximations (Algorithm AS 241, PPND16), relative accuracy about 1e-16.
 FMK_HD double inverse_normal_cdf(double u) {
   const double q = u - 0.5;
@@ -49,6 +51,8 @@ FMK_HD double inverse_normal_cdf(double u) {
   }
   return q < 0.0 ? -a / b : a / b;
 }
+
+// clang-format on
 
 // shift s moves towards noise for s > 1: t / (s - (s - 1) t).
 FMK_HD double timestep_inverse_cdf(int sampler, double q0, double q1, double shift, double u) {

@@ -27,7 +27,8 @@ struct PathRow {
   Row<T> loss;
 };
 
-// A row's coefficients at t: the schedule at t clamped to its range, or `coefficients` (six a row) where they are given.
+// A row's coefficients at t: the schedule at t clamped to its range, or `coefficients` (six a row) where they are
+// given.
 template <class T>
 FMK_HD PathRow<T> path_row(const PathDescription& d, int64_t row, T t, const T* coefficients) {
   Coefficients<T> v;

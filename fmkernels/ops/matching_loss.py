@@ -51,8 +51,8 @@ def matching_loss(
 
     Returns: float32, or float64 where prediction, x1 or table is; a scalar, or t's shape for "none".
 
-    Gradients: to the prediction by the fused kernel, ∂/∂prediction = w·p·ρ'(r)·m over the reduction's count; to x1, x0, z,
-    table and weight, in forward mode and twice, by the reference formula over the same noise.
+    Gradients: to the prediction by the fused kernel, ∂/∂prediction = w·p·ρ'(r)·m over the reduction's count; to x1, x0,
+    z, table and weight, in forward mode and twice, by the reference formula over the same noise.
 
     Raises: TypeError, ValueError naming the argument.
 
@@ -76,7 +76,8 @@ def check(prediction, x1, table, x0, z, key, terms, reduction) -> None:
     _checks.tensor("table", table)
     if table.shape[-1:] != (6,) or table.shape[:-1] != x1.shape[: table.dim() - 1]:
         raise ValueError(
-            f"table: expected shape [*t.shape, 6] with t.shape a prefix of x1's {list(x1.shape)}, got {list(table.shape)}"
+            f"table: expected shape [*t.shape, 6] with t.shape a prefix of x1's {list(x1.shape)}, "
+            f"got {list(table.shape)}"
         )
     _checks.full_precision("table", table)
     _checks.same_device("table", table, "x1", x1)
@@ -122,7 +123,9 @@ def element_mask(mask, x1: torch.Tensor) -> torch.Tensor | None:
         return None
     _checks.tensor("mask", mask)
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected dtype bool (True keeps an element), got {str(mask.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"mask: expected dtype bool (True keeps an element), got {str(mask.dtype).removeprefix('torch.')}"
+        )
     _checks.same_device("mask", mask, "x1", x1)
     if _broadcast(mask.shape, x1.shape) != x1.shape:
         raise ValueError(
@@ -168,7 +171,9 @@ INPUTS = (
     "SymInt first_row, int terms, int rho, float rho_k, int reduction"
 )
 SCHEMA = f"matching_loss({INPUTS}) -> Tensor"
-FORWARD_SCHEMA = f"_matching_loss_forward({INPUTS}, bool gradient) -> (Tensor loss, Tensor gradient, Tensor denominator)"
+FORWARD_SCHEMA = (
+    f"_matching_loss_forward({INPUTS}, bool gradient) -> (Tensor loss, Tensor gradient, Tensor denominator)"
+)
 SCALE_SCHEMA = "_scale_gradient(Tensor gradient, Tensor scale, Tensor denominator, float factor) -> Tensor"
 SCALE_INPLACE_SCHEMA = "_scale_gradient_(Tensor(a!) gradient, Tensor scale, Tensor denominator, float factor) -> ()"
 

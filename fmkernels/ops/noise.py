@@ -18,8 +18,8 @@ MAX_COLUMNS = 2**34  # the column group is a 32-bit word of the counter
 def key(device=None, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw a key: an int64 tensor ``[1]`` on ``device``, by one ``torch.randint`` (``generator`` None: torch's own).
 
-    ``torch.manual_seed``, CUDA graphs and ``torch.compile`` work as for any torch draw; a Generator cannot be used inside
-    ``torch.compile``. Outside compiled code a seed of your own is ``torch.tensor([seed])``. Draw the key outside
+    ``torch.manual_seed`` and ``torch.compile`` work as for any torch draw, of which this is one; a Generator cannot be
+    used inside ``torch.compile``. Outside compiled code a seed of your own is ``torch.tensor([seed])``. Draw the key outside
     checkpointed regions: their recomputation would draw another.
     """
     # generator=None is passed on explicitly so that compiled and eager code draw the same key.
@@ -41,7 +41,8 @@ def noise(
 
     Philox4x32-10 keyed by the seed with counter (column // 4, row mod 2³², row // 2³², stream | index·2⁸) gives four
     words for four columns; Box–Muller turns the pairs (w0, w1), (w2, w3) into normals:
-    u = ((w0 >> 1) + ½)·2⁻³¹, θ = π·int32(w1)·2⁻³², n0 = ±√(−2 ln u)·cos θ with the sign of w0's low bit, n1 = √(−2 ln u)·sin θ.
+    u = ((w0 >> 1) + ½)·2⁻³¹, θ = π·int32(w1)·2⁻³², n0 = ±√(−2 ln u)·cos θ with the sign of w0's low bit,
+    n1 = √(−2 ln u)·sin θ.
     ``distribution="uniform"`` gives (w + ½)·2⁻³².
 
     Args:

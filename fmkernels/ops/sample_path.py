@@ -181,7 +181,9 @@ def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, tota
 def _strata(x1, dims, per_sample, first_row, total_rows) -> int:
     if total_rows is None:
         if isinstance(first_row, int) and first_row > 0:
-            raise ValueError("total_rows: stratified times need the size of the whole batch where first_row > 0, got None")
+            raise ValueError(
+                "total_rows: stratified times need the size of the whole batch where first_row > 0, got None"
+            )
         total_rows = x1.shape[0] if dims else 1
     strata = total_rows * per_sample
     if isinstance(strata, int) and strata > MAX_STRATA:

@@ -187,7 +187,7 @@ def interleave(n0, n1, n2, n3):
 
 @triton.jit
 def normals(seed, row, group, word, DTYPE: tl.constexpr):
-    """Standard normals [R, 4G] of rows [R] and column groups [G], computed in fp32 (fp64 for fp64), rounded to DTYPE."""
+    """Standard normals [R, 4G] of rows [R] and column groups [G], computed in fp32 or fp64 and rounded to DTYPE."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     w0, w1, w2, w3 = philox_row(seed, row[:, None], group[None, :], word)
     n0, n1 = normal_pair(w0, w1, COMPUTE)
