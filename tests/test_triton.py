@@ -100,7 +100,7 @@ class Launch:
                 kind = parameter.annotation_type
             elif not parameter.is_constexpr and value is not None and value != 1:
                 kind = "i32"
-                if value % 16 == 0 and not parameter.do_not_specialize:
+                if value % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                     attributes[(index,)] = [["tt.divisibility", 16]]
             signature[parameter.name] = kind
             if kind == "constexpr":

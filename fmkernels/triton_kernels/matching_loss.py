@@ -19,7 +19,9 @@ MASK_ROWS = tl.constexpr(-1)  # MASK where a value covers rows; else the element
 PARTS = 1024  # partial sums that the total adds at a time
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "first_row"])
+@triton.jit(
+    do_not_specialize=["rows", "columns", "first_row"], do_not_specialize_on_alignment=["column_programs", "covered"]
+)
 def matching_loss_kernel(
     prediction, x1, x0, z, table, weight, mask, key, gradient, partial_sum, partial_count,
     rows: tl.int64, columns: tl.int64, first_row: tl.int64, column_programs, covered, rho_k: tl.float64,
@@ -173,8 +175,8 @@ def matching_loss_forward(
         MASK=mask_mode, BY_ROW=by_row, device=device, **tile.constants,
     )  # fmt: skip
 
+    divisor = {NONE: float(columns), SUM: 1.0, MEAN: float(rows * columns)}[reduction]
     rows, parts = (rows, tile.column_programs) if by_row else (1, tile.programs)
-    divisor = {NONE: columns, SUM: 1, MEAN: prediction.numel()}[reduction]
     block_parts = min(next_power_of_2(parts), PARTS)
     block_rows = PARTS // block_parts if by_row else 1
     launch(
@@ -202,7 +204,7 @@ def matching_loss(*arguments):
     return matching_loss_forward(*arguments, False)[0]
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["column_programs"])
 def scale_gradient_kernel(
     gradient, out, scale, denominator, rows: tl.int64, columns: tl.int64, column_programs, factor: tl.float64,
     IN_PLACE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,

@@ -11,7 +11,9 @@ from ._tile import Tile, aligned, launch, program_column, program_rows
 NORMAL = tl.constexpr(DISTRIBUTIONS["normal"])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "first_row", "word"])
+@triton.jit(
+    do_not_specialize=["rows", "columns", "first_row", "word"], do_not_specialize_on_alignment=["column_programs"]
+)
 def noise_kernel(
     key, out, rows: tl.int64, columns: tl.int64, first_row: tl.int64, word: tl.int64, column_programs,
     DISTRIBUTION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,

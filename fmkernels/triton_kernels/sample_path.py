@@ -22,10 +22,10 @@ from ._math import (
 )
 from ._tile import Tile, aligned, launch, program_column, program_rows
 
-RUN_TIME = ["rows", "columns", "first_row", "strata"]
 
-
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(
+    do_not_specialize=["rows", "columns", "first_row", "strata"], do_not_specialize_on_alignment=["column_programs"]
+)
 def sample_path_kernel(
     x1, x0, t, coefficients, key, x_t, t_out, table, x0_out, z_out,
     rows: tl.int64, columns: tl.int64, first_row: tl.int64, strata: tl.int64, column_programs,
