@@ -52,7 +52,7 @@ class Head(Case):
     def __post_init__(self):
         self.matching = fmk.FlowMatching(noise=self.noise)
         self.leaf = torch.zeros((), device=self.device, requires_grad=True)
-        if self.matching._noise_mode(torch.empty(0, dtype=self.dtype, device=self.device)) == "store":
+        if self.matching._noise_mode(self.randn()) == "store":
             self.passes = 7
 
     def tensors(self):
@@ -98,6 +98,12 @@ class HeadRecompute(Head):
     """The head that holds the least memory: the loss draws the noise again."""
 
     op, noise = "head_recompute", "recompute"
+
+
+class HeadStore(Head):
+    """The head that draws each normal once: the path keeps the noise for the loss."""
+
+    op, noise = "head_store", "store"
 
 
 class Noise(Case):
@@ -258,7 +264,8 @@ class Scale(Case):
 OPS = {
     case.op: case
     for case in (
-        Head, HeadRecompute, Noise, Path, PathStore, PathGiven, PathOneCore, Loss, LossRecompute, LossValue, Scale,
+        Head, HeadRecompute, HeadStore, Noise, Path, PathStore, PathGiven, PathOneCore, Loss, LossRecompute, LossValue,
+        Scale,
     )
 }  # fmt: skip
 

@@ -72,13 +72,17 @@ def transforming() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def eager(*tensors) -> bool:
+def eager() -> bool:
     """Whether plain eager execution is under way: not compiling, tracing or transforming."""
     return not torch.compiler.is_compiling() and peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def requires_grad(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def may_write_in_place(tensor: torch.Tensor, incoming: torch.Tensor) -> bool:

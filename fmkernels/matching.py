@@ -32,8 +32,9 @@ from .timesteps import TimestepSampler, Uniform
 __all__ = ["Batch", "FlowMatching"]
 
 NOISE_MODES = ("auto", "recompute", "store")
-# What "auto" means: (device type, half precision) -> mode. On the CPU a normal costs many times its copy.
-AUTO_NOISE = {("cpu", False): "store", ("cpu", True): "store"}
+# What "auto" means: bytes of x1 up to which the noise is stored, by device type; beyond, and elsewhere, it is drawn again.
+# On the CPU a normal costs many times its copy, as long as what is stored is still in the cache when the loss reads it.
+AUTO_STORE_BYTES = {"cpu": 4 * 2**20}
 
 
 @dataclass(eq=False)
@@ -88,7 +89,7 @@ class FlowMatching(torch.nn.Module):
         rho: "square", "absolute", "pseudo_huber" or ``PseudoHuber(k)``.
         timesteps: distribution of t; default :class:`Uniform`.
         noise: "recompute" draws x0 again in the loss (least memory), "store" keeps it, "auto" takes the faster one
-            for the device. All give the same numbers.
+            for the device and the size. All give the same numbers.
         sigma_floor: ε in W/max(σ, ε), for data prediction compared as velocity.
         sigma_data: standard deviation of the data, for EDM.
 
@@ -120,6 +121,7 @@ class FlowMatching(torch.nn.Module):
         self.noise = noise
         self._arguments = PathArguments.of(self.objective, self.timesteps)
         self._terms = self.objective.terms
+        self._storable = (STORE_X0 if self._terms & TERM_X0 else 0) | (STORE_Z if self._terms & TERM_Z else 0)
         self._rho = (RHOS[self.objective.rho_name], self.objective.rho_k)
 
     @classmethod
@@ -163,20 +165,19 @@ class FlowMatching(torch.nn.Module):
             raise ValueError("generator: expected None where key is given")
         bits = 0
         if self._noise_mode(x1) == "store":
-            bits = (STORE_X0 if self._terms & TERM_X0 else 0) | (STORE_Z if self._terms & TERM_Z else 0)
-        path = call_path(
+            bits = self._storable
+        x_t, t, table, drawn, z = call_path(
             x1, x0, t, key, self.schedule, self.timesteps, self._arguments, t_dims, first_row, total_rows, bits
         )
-        network_t = path.table[..., 5] if self.objective.prediction == "edm" else path.t
-        return Batch(
-            path.x_t, network_t, key, x1, path.x0 if x0 is None else x0, path.z, path.table, path.t,
-            first_row * math.prod(path.t.shape[1:]),
-        )  # fmt: skip
+        network_t = table[..., 5] if self.objective.prediction == "edm" else t
+        row = first_row * math.prod(t.shape[1:]) if t.dim() > 1 else first_row
+        return Batch(x_t, network_t, key, x1, drawn if x0 is None else x0, z, table, t, row)
 
     def _noise_mode(self, x1: torch.Tensor) -> str:
         if self.noise != "auto":
             return self.noise
-        return AUTO_NOISE.get((x1.device.type, x1.element_size() < 4), "recompute")
+        limit = AUTO_STORE_BYTES.get(x1.device.type, 0)
+        return "store" if x1.numel() * x1.element_size() <= limit else "recompute"
 
     def loss(
         self,
@@ -203,7 +204,8 @@ class FlowMatching(torch.nn.Module):
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: expected the Batch that sample() returned, got {type(batch).__name__}")
         check_prediction(prediction, batch.x1)
-        _checks.choice("reduction", reduction, REDUCTIONS)
+        if reduction not in REDUCTIONS:
+            _checks.choice("reduction", reduction, REDUCTIONS)
         if self.objective.weight_fn is not None:
             own = self.objective.weight_fn(batch.time)
             _checks.tensor("weight(t)", own)

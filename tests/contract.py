@@ -23,7 +23,7 @@ from fmkernels.objectives import RHOS, TERM_X0, TERM_X1, TERM_Z, objective_table
 from fmkernels.ops.matching_loss import MEAN, NONE, SUM
 from fmkernels.ops.noise import DISTRIBUTIONS, STREAMS, noise_reference, timestep_uniform
 from fmkernels.ops.sample_path import _rebuild_sampler, _rebuild_schedule, draw_times
-from fmkernels.schedules import CUSTOM, Coefficients
+from fmkernels.schedules import Coefficients
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}

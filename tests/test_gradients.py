@@ -110,4 +110,3 @@ def test_fused_gradient_equals_autograd_of_the_reference(labels, device):
     allowed = 2 * (expected.double() - exact).abs() + 2 * eps(dtype) * exact.abs() + 2 * slack + tiny
     assert fused.dtype == dtype and fused.shape == prediction.shape
     assert ((fused.double() - exact).abs() <= allowed).all()
-

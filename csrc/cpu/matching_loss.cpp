@@ -240,16 +240,17 @@ void run(const Loss& l, const Cut& cut, const T* table, const T* weight, Partial
           if (out && l.mask) select(out, l.mask, l.cover, offset, elements);
         }
         if (out && !direct) store(l.gradient, l.prediction_type, offset, converted, elements);
-        for (int64_t r = 0; r < tile.rows; ++r) {
-          const int64_t kept = l.mask ? kept_of(l.mask, l.cover, offset + r * tile.count, tile.count) : tile.count;
-          if (l.reduction == REDUCE_NONE) {
+        if (l.reduction == REDUCE_NONE) {
+          for (int64_t r = 0; r < tile.rows; ++r) {
             Partial& of_row = partials[(tile.row + r) * cut.spans + tile.column / cut.span];
             of_row.sum += double(sums[r]);
-            of_row.kept += kept;
-          } else {
-            task_partial.sum += rows.w[r] * double(sums[r]);
-            task_partial.kept += kept;
+            of_row.kept += l.mask ? kept_of(l.mask, l.cover, offset + r * tile.count, tile.count) : tile.count;
           }
+        } else {
+          double sum = 0;
+          for (int64_t r = 0; r < tile.rows; ++r) sum += rows.w[r] * double(sums[r]);
+          task_partial.sum += sum;
+          task_partial.kept += l.mask ? kept_of(l.mask, l.cover, offset, elements) : elements;
         }
       });
       if (l.reduction != REDUCE_NONE) partials[i] = task_partial;

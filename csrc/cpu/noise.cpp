@@ -47,7 +47,7 @@ void philox_scalar(WordTile& tile, int64_t first, int64_t count, uint64_t seed, 
         c3[v] = SET(stream);                                                                                 \
       }                                                                                                      \
       uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);                                               \
-      for (int round = 0; round < PHILOX_ROUNDS; ++round) {                                                  \
+      _Pragma("GCC unroll 10") for (int round = 0; round < PHILOX_ROUNDS; ++round) {                         \
         const V key0 = SET(k0), key1 = SET(k1);                                                              \
         for (int v = 0; v < FLIGHT; ++v) {                                                                   \
           const V p0 = MUL(c0[v], m0), p1 = MUL(c2[v], m1);                                                  \

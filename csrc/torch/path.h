@@ -27,19 +27,19 @@ struct PathRow {
   Row<T> loss;
 };
 
-// A row's coefficients at t: the schedule at t clamped to its range, or `coefficients` (six a row) where they are
-// given.
+// The schedule at t clamped to its range, or row `row` of `coefficients` (six a row) where they are given.
 template <class T>
-FMK_HD PathRow<T> path_row(const PathDescription& d, int64_t row, T t, const T* coefficients) {
-  Coefficients<T> v;
+FMK_HD Coefficients<T> path_coefficients(const PathDescription& d, int64_t row, T t, const T* coefficients) {
   if (coefficients) {
     const T* c = coefficients + 6 * row;
-    v = {c[0], c[1], c[2], c[3], c[4], c[5]};
-  } else {
-    v = schedule_coefficients(d.schedule, T(d.s0), T(d.s1), clamp(t, T(d.t_low), T(d.t_high)));
+    return {c[0], c[1], c[2], c[3], c[4], c[5]};
   }
-  const Row<T> loss = objective_row(d.prediction, d.compare, T(d.o0), d.weight, T(d.weight_k), t, v);
-  return {t, v.alpha * loss.scale, v.sigma * loss.scale, v.gamma * loss.scale, loss};
+  return schedule_coefficients(d.schedule, T(d.s0), T(d.s1), clamp(t, T(d.t_low), T(d.t_high)));
+}
+
+template <class T>
+FMK_HD Row<T> path_objective(const PathDescription& d, T t, const Coefficients<T>& v) {
+  return objective_row(d.prediction, d.compare, T(d.o0), d.weight, T(d.weight_k), t, v);
 }
 
 // t drawn from the row's uniform word u.
@@ -49,12 +49,14 @@ FMK_HD T drawn_time(const PathDescription& d, uint64_t seed, int64_t global_row,
   return clamp(T(timestep_inverse_cdf(d.sampler, d.q0, d.q1, d.shift, u)), T(d.t_low), T(d.t_high));
 }
 
-// The same with t (null: drawn) read or drawn here.
+// All of a row; t is drawn where it is null.
 template <class T>
 FMK_HD PathRow<T> path_row(const PathDescription& d, uint64_t seed, int64_t row, int64_t first_row, int64_t strata,
                            const T* t, const T* coefficients) {
   const T time = t ? t[row] : drawn_time<T>(d, seed, first_row + row, strata, time_word(seed, first_row + row));
-  return path_row(d, row, time, coefficients);
+  const Coefficients<T> v = path_coefficients(d, row, time, coefficients);
+  const Row<T> loss = path_objective(d, time, v);
+  return {time, v.alpha * loss.scale, v.sigma * loss.scale, v.gamma * loss.scale, loss};
 }
 
 template <class T>

@@ -98,6 +98,13 @@ def check(prediction, x1, table, x0, z, key, terms, reduction) -> None:
 
 
 def check_prediction(prediction, x1) -> None:
+    if (
+        isinstance(prediction, torch.Tensor)
+        and prediction.dtype in _checks.FLOATING
+        and prediction.shape == x1.shape
+        and prediction.device == x1.device
+    ):
+        return  # in one step where all is well: this stands before every launch
     _checks.tensor("prediction", prediction)
     _checks.floating("prediction", prediction)
     _checks.same_shape("prediction", prediction, "x1", x1)
@@ -161,7 +168,7 @@ def call(prediction, x1, table, x0, z, key, terms, weight, mask, reduction, kind
         if _registration.requires_grad(x1, x0, z, table, weight):
             return matching_loss_reference(*arguments)
         if torch.is_grad_enabled() and prediction.requires_grad:
-            return MatchingLoss.apply(*arguments)
+            return MatchingLoss.apply(prediction, arguments)
         return _forward(*arguments, False)[0]
     return torch.ops.fmkernels.matching_loss(*arguments)
 
@@ -326,28 +333,30 @@ def scale_fake(gradient, scale, denominator, factor):
 
 
 class MatchingLoss(torch.autograd.Function):
-    """The loss with its gradient computed in the forward and scaled in the backward."""
+    """The loss with its gradient computed in the forward and scaled in the backward.
+
+    ``arguments`` are those of the op. Only the prediction is differentiated, so the others come in one tuple, past
+    autograd's bookkeeping; x1 and x0 are saved by it, which notices data that is overwritten before a second derivative.
+    """
 
     @staticmethod
-    def forward(ctx, prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction):
-        loss, gradient, denominator = _forward(
-            prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction, True
-        )
-        ctx.save_for_backward(prediction, x1, x0, z, table, weight, mask, key, gradient, denominator)
-        ctx.arguments = (first_row, terms, rho, rho_k, reduction)
+    def forward(ctx, prediction, arguments):
+        loss, gradient, denominator = _forward(*arguments, True)
+        ctx.save_for_backward(prediction, arguments[1], arguments[2], gradient)
+        ctx.denominator, ctx.arguments = denominator, arguments[3:]
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        prediction, x1, x0, z, table, weight, mask, key, gradient, denominator = ctx.saved_tensors
-        rest = (None,) * 12
+        prediction, x1, x0, gradient = ctx.saved_tensors
+        arguments = ctx.arguments
         if torch.is_grad_enabled():  # create_graph: the formula itself, differentiable again
-            return (gradient_formula(scale, prediction, x1, x0, z, table, weight, mask, key, *ctx.arguments), *rest)
-        factor = gradient_factor(prediction, table, mask, ctx.arguments[-1])
+            return gradient_formula(scale, prediction, x1, x0, *arguments), None
+        factor = gradient_factor(prediction, arguments[1], arguments[3], arguments[-1])
         if not _registration.may_write_in_place(gradient, scale):
-            return (_scale(gradient, scale, denominator, factor), *rest)
-        _scale_inplace(gradient, scale, denominator, factor)
-        return (gradient.detach(), *rest)  # detached, so that a leaf keeps it instead of cloning it
+            return _scale(gradient, scale, ctx.denominator, factor), None
+        _scale_inplace(gradient, scale, ctx.denominator, factor)
+        return gradient.detach(), None  # detached, so that a leaf keeps it instead of cloning it
 
 
 def gradient_formula(scale, prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction):
@@ -365,7 +374,7 @@ def matching_loss_autograd(prediction, x1, x0, z, table, weight, mask, key, *res
     if _registration.transforming() or _registration.requires_grad(x1, x0, z, table, weight):
         return matching_loss_reference(*arguments)
     if _registration.requires_grad(prediction):
-        return MatchingLoss.apply(*arguments)
+        return MatchingLoss.apply(prediction, arguments)
     with _registration.below_autograd():
         return _forward(*arguments, False)[0]
 

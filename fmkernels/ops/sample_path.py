@@ -115,7 +115,9 @@ def sample_path(
         key = draw_key(x1.device)
     arguments = PathArguments.of(objective, timesteps)
     bits = (STORE_X0 | STORE_Z) if store else 0
-    return call(x1, x0, t, key, objective.schedule, timesteps, arguments, t_dims, first_row, total_rows, bits)
+    return PathSample(
+        *call(x1, x0, t, key, objective.schedule, timesteps, arguments, t_dims, first_row, total_rows, bits)
+    )
 
 
 def check(x1, x0, t, key, t_dims, first_row, total_rows) -> None:
@@ -153,8 +155,8 @@ def check(x1, x0, t, key, t_dims, first_row, total_rows) -> None:
             )
 
 
-def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, total_rows, bits) -> PathSample:
-    """The op call behind the checks; shared by :func:`sample_path` and ``FlowMatching.sample``."""
+def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, total_rows, bits) -> tuple:
+    """The op call behind the checks, returning the fields of a :class:`PathSample`; shared with FlowMatching."""
     dims = t_dims if t is None else t.dim()
     per_sample = math.prod(x1.shape[1:dims]) if dims > 1 else 1
     row = first_row * per_sample
@@ -175,7 +177,7 @@ def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, tota
             x_t, t, table, drawn, z = _op(*inputs)
     else:
         x_t, t, table, drawn, z = torch.ops.fmkernels.sample_path(*inputs)
-    return PathSample(x_t, t, table, drawn if bits & STORE_X0 else None, z if bits & STORE_Z else None)
+    return x_t, t, table, drawn if bits & STORE_X0 else None, z if bits & STORE_Z else None
 
 
 def _strata(x1, dims, per_sample, first_row, total_rows) -> int:
