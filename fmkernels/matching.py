@@ -32,7 +32,7 @@ from .timesteps import TimestepSampler, Uniform
 __all__ = ["Batch", "FlowMatching"]
 
 NOISE_MODES = ("auto", "recompute", "store")
-# What "auto" means: bytes of x1 up to which the noise is stored, by device type; beyond, and elsewhere, it is drawn again.
+# What "auto" means: bytes of x1 up to which noise is stored, by device type; beyond, and elsewhere, it is drawn again.
 # On the CPU a normal costs many times its copy, as long as what is stored is still in the cache when the loss reads it.
 AUTO_STORE_BYTES = {"cpu": 4 * 2**20}
 

@@ -336,7 +336,7 @@ class MatchingLoss(torch.autograd.Function):
     """The loss with its gradient computed in the forward and scaled in the backward.
 
     ``arguments`` are those of the op. Only the prediction is differentiated, so the others come in one tuple, past
-    autograd's bookkeeping; x1 and x0 are saved by it, which notices data that is overwritten before a second derivative.
+    autograd's bookkeeping; x1 and x0 are saved by it, so that overwriting them before a second derivative is noticed.
     """
 
     @staticmethod

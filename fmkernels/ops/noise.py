@@ -19,8 +19,8 @@ def key(device=None, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw a key: an int64 tensor ``[1]`` on ``device``, by one ``torch.randint`` (``generator`` None: torch's own).
 
     ``torch.manual_seed`` and ``torch.compile`` work as for any torch draw, of which this is one; a Generator cannot be
-    used inside ``torch.compile``. Outside compiled code a seed of your own is ``torch.tensor([seed])``. Draw the key outside
-    checkpointed regions: their recomputation would draw another.
+    used inside ``torch.compile``. Outside compiled code a seed of your own is ``torch.tensor([seed])``. Draw the key
+    outside checkpointed regions: their recomputation would draw another.
     """
     # generator=None is passed on explicitly so that compiled and eager code draw the same key.
     return torch.randint(0, 2**63 - 1, (1,), device=device, generator=generator)
