@@ -100,12 +100,6 @@ class HeadRecompute(Head):
     op, noise = "head_recompute", "recompute"
 
 
-class HeadStore(Head):
-    """The head that draws each normal once: the path keeps the noise for the loss."""
-
-    op, noise = "head_store", "store"
-
-
 class Noise(Case):
     """Normals alone: write N."""
 
@@ -264,7 +258,7 @@ class Scale(Case):
 OPS = {
     case.op: case
     for case in (
-        Head, HeadRecompute, HeadStore, Noise, Path, PathStore, PathGiven, PathOneCore, Loss, LossRecompute, LossValue,
+        Head, HeadRecompute, Noise, Path, PathStore, PathGiven, PathOneCore, Loss, LossRecompute, LossValue,
         Scale,
     )
 }  # fmt: skip

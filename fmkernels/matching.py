@@ -32,9 +32,8 @@ from .timesteps import TimestepSampler, Uniform
 __all__ = ["Batch", "FlowMatching"]
 
 NOISE_MODES = ("auto", "recompute", "store")
-# What "auto" means: bytes of x1 up to which noise is stored, by device type; beyond, and elsewhere, it is drawn again.
-# On the CPU a normal costs many times its copy, as long as what is stored is still in the cache when the loss reads it.
-AUTO_STORE_BYTES = {"cpu": 4 * 2**20}
+# What "auto" means, by device type: on the CPU a normal costs many times its copy (benchmarks/results).
+AUTO_NOISE = {"cpu": "store"}
 
 
 @dataclass(eq=False)
@@ -89,7 +88,7 @@ class FlowMatching(torch.nn.Module):
         rho: "square", "absolute", "pseudo_huber" or ``PseudoHuber(k)``.
         timesteps: distribution of t; default :class:`Uniform`.
         noise: "recompute" draws x0 again in the loss (least memory), "store" keeps it, "auto" takes the faster one
-            for the device and the size. All give the same numbers.
+            for the device. All give the same numbers.
         sigma_floor: ε in W/max(σ, ε), for data prediction compared as velocity.
         sigma_data: standard deviation of the data, for EDM.
 
@@ -176,8 +175,7 @@ class FlowMatching(torch.nn.Module):
     def _noise_mode(self, x1: torch.Tensor) -> str:
         if self.noise != "auto":
             return self.noise
-        limit = AUTO_STORE_BYTES.get(x1.device.type, 0)
-        return "store" if x1.numel() * x1.element_size() <= limit else "recompute"
+        return AUTO_NOISE.get(x1.device.type, "recompute")
 
     def loss(
         self,
