@@ -269,8 +269,8 @@ def objective_table(t, v, prediction, compare, o0, weight, k):
 def velocity_from_prediction(prediction: str, v: Coefficients, sigma_data: float):
     """(f, g, scale) such that the velocity is f·x_t + g·prediction, the network being given scale·x_t.
 
-    With bridge noise, σ stands for σe = √(σ² + γ²) and σ' for σe' = (σσ' + γγ')/σe. Source: §5.3 formulas,
-    e.g. Lipman et al. (2024), section 4.8, table 1.
+    With bridge noise, σ stands for σe = √(σ² + γ²) and σ' for σe' = (σσ' + γγ')/σe. Source:
+    Lipman et al. (2024), section 4.8, table 1.
     """
     one, zero = torch.ones_like(v.sigma), torch.zeros_like(v.sigma)
     if prediction == "velocity":

@@ -56,7 +56,7 @@ def matching_loss(
 
     Raises: TypeError, ValueError naming the argument.
 
-    Source: Lipman et al. (2023), equation 9; §5.3 table in :mod:`fmkernels.objectives`.
+    Source: Lipman et al. (2023), equation 9; coefficients as in :mod:`fmkernels.objectives`.
     """
     check(prediction, x1, table, x0, z, key, terms, reduction)
     if isinstance(rho, PseudoHuber):
