@@ -5,6 +5,7 @@ import torch
 from contract import FORWARD, INTERPRETED, OPS, cases, eps, forward_oracle, loss_call, rows_of
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
+import fmkernels as fmk
 from fmkernels import _registration
 from fmkernels.ops.matching_loss import gradient_factor
 
@@ -110,3 +111,20 @@ def test_fused_gradient_equals_autograd_of_the_reference(labels, device):
     allowed = 2 * (expected.double() - exact).abs() + 2 * eps(dtype) * exact.abs() + 2 * slack + tiny
     assert fused.dtype == dtype and fused.shape == prediction.shape
     assert ((fused.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("shape", [(7,), (5, 2), (5, 3), (4, 101), (3, 5000)], ids=str)
+@pytest.mark.parametrize("noise", ["store", "recompute"])
+def test_the_plain_loss_and_its_gradient(noise, shape, device):
+    """The commonest head, which kernels treat apart, against its closed form: no mask, weight or bridge."""
+    if INTERPRETED and shape[-1] == 5000:
+        shape = (3, 600)
+    x1, prediction = torch.randn(shape, device=device), torch.randn(shape, device=device, requires_grad=True)
+    fm, key = fmk.FlowMatching(noise=noise), torch.tensor([11], device=device)
+    x0 = fmk.FlowMatching(noise="store").sample(x1, key=key).x0
+    loss = fm.loss(prediction, fm.sample(x1, key=key))
+    loss.backward()
+    residual = prediction.detach() - (x1 - x0)
+    torch.testing.assert_close(loss.detach(), residual.square().mean())
+    torch.testing.assert_close(prediction.grad, 2 * residual / residual.numel())
