@@ -29,6 +29,7 @@ _backends: dict[tuple[str, str], str] = {}  # (op, device type) -> backend that 
 problems: list[str] = []  # why a compiled backend is missing, for `python -m fmkernels info`
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+nothing = contextlib.nullcontext
 
 
 def backend() -> str:

@@ -1,0 +1,1 @@
+"""Runge–Kutta solvers of ordinary differential equations."""
