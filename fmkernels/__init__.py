@@ -20,6 +20,7 @@ from .schedules import (
     SchrodingerBridge,
     SubVP,
 )
+from .solvers import PID, Solution, solve
 from .timesteps import Beta, CosMap, LogitNormal, Mode, TimestepSampler, Uniform
 
 __version__ = "0.1.0"
@@ -42,16 +43,19 @@ __all__ = [
     "Mode",
     "Normal",
     "Objective",
+    "PID",
     "Polynomial",
     "PseudoHuber",
     "Schedule",
     "SchrodingerBridge",
+    "Solution",
     "StandardNormal",
     "SubVP",
     "TimestepSampler",
     "Uniform",
     "key",
     "ops",
+    "solve",
 ]
 
 load_compiled()

@@ -23,8 +23,9 @@ def runge_kutta_stage(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""y + h Σ_j a_j k_j and t₀ + c h with a step size for every sample, in one pass over memory.
 
-    t₀ = times[step], t₁ = times[step + 1], h = t₁ − t₀ (of either sign); (c, a_1, …, a_m) = coefficients[row]. With c = 1 the
-    time is t₁ itself. h·a_j is formed in float64; the sum in float32, or float64 for float64 states; one rounding at the end.
+    t₀ = times[step], t₁ = times[step + 1], h = t₁ − t₀ (of either sign); (c, a_1, …, a_m) = coefficients[row]. With c =
+    1 the time is t₁ itself. h·a_j is formed in float64; the sum in float32, or float64 for float64 states; one rounding
+    at the end.
 
     Args:
         y: the state ``[B, …]``, of any shape where h is shared; float32, float64, bfloat16 or float16.
@@ -32,11 +33,11 @@ def runge_kutta_stage(
         times: float64 ``[R]`` (one t₀, t₁ for all) or ``[R, B]``.
         coefficients: float64 ``[rows, 1 + m]``.
         step, row: indices into ``times`` and ``coefficients``.
-        nudge: −1 rounds the time to the number before it, seen in the direction of h, +1 to the one after: the two sides of
-            a discontinuity.
+        nudge: −1 rounds the time to the number before it, seen in the direction of h, +1 to the one after: the two
+            sides of a discontinuity.
 
-    Returns: the stage, with the shape and dtype of y, and its time, with the shape of ``times[0]``, in float32 (float64 for
-    float64 states). Differentiable in y, k and times, any number of times; ``nudge`` counts as constant.
+    Returns: the stage, with the shape and dtype of y, and its time, with the shape of ``times[0]``, in float32 (float64
+    for float64 states). Differentiable in y, k and times, any number of times; ``nudge`` counts as constant.
 
     Raises: TypeError, ValueError naming the argument.
 

@@ -1,4 +1,4 @@
-"""The end of an adaptive Runge–Kutta step: solution, error, norm, decision, commit and dense output for every sample."""
+"""The end of an adaptive Runge–Kutta step: solution, error, norm, decision, commit and dense output of every row."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def step_reference(
 ):  # fmt: skip
     r"""Ends a step of every running sample, in place.
 
-    With h = t_next − t and k_1 = ``k_first``, (k_2, …) = ``k``: y₁ = y + h Σ b_j k_j, e = h Σ e_j k_j, and the error ratio
-    r = max over segments of RMS(e / (atol + rtol·max(|y|, |y₁|))). A non-finite r, y₁ or last k counts as r = ∞ and clears the
-    history. A step with r ≤ 1 is accepted: y ← y₁, k_1 ← the last k, t ← t_next, and ``solution`` receives
-    y + h Σ_j k_j Σ_p P_pj θᵖ, θ = (t_eval − t)/h, at each t_eval in (t, t_next]. The next step size is
+    With h = t_next − t and k_1 = ``k_first``, (k_2, …) = ``k``: y₁ = y + h Σ b_j k_j, e = h Σ e_j k_j, and the error
+    ratio r = max over segments of RMS(e / (atol + rtol·max(|y|, |y₁|))). A non-finite r, y₁ or last k counts as r = ∞
+    and clears the history. A step with r ≤ 1 is accepted: y ← y₁, k_1 ← the last k, t ← t_next, and ``solution``
+    receives y + h Σ_j k_j Σ_p P_pj θᵖ, θ = (t_eval − t)/h, at each t_eval in (t, t_next]. The next step size is
     h·clip(safety · r^(−β1) · r₋₁^(−β2) · r₋₂^(−β3)), with r₋₁, r₋₂ those of the last accepted steps.
 
     Args:
@@ -65,8 +65,8 @@ def step_reference(
         segments: int64 ``[S, 2]``: first and last-but-one column of each part of a row that has a norm of its own.
         components: 2 where pairs of columns are complex numbers, else 1.
         ratio: error ratios ``[]`` or ``[B]`` to decide by, instead of those computed.
-        t_eval, solution: float64 ``[M]`` or ``[B, M]``, NaN where a row has fewer; ``[B, M, …]`` (``[M, …]`` where control
-            is 1-D) in the dtype of y, written at CURSOR and after.
+        t_eval, solution: float64 ``[M]`` or ``[B, M]``, NaN where a row has fewer; ``[B, M, …]`` (``[M, …]`` where
+            control is 1-D) in the dtype of y, written at CURSOR and after.
     """
     compute = state_time_dtype(y)
     single = control.dim() == 1

@@ -9,9 +9,10 @@ import torch
 from .. import _registration
 from ..ops.runge_kutta_stage import rowwise, state_time_dtype
 from ..ops.runge_kutta_step import DONE, NON_FINITE
-from ._gradients import Clock, RecordedSteps, graph_step, interpolate
-from ._integrator import Record
+from ._gradients import Clock, RecordedSteps, interpolate
+from ._integrator import Record, progress_bar
 from ._plan import STAGE, Plan, plan
+from ._problem import parameters_of
 from .tableaus import Tableau, hermite
 
 ON_GRID = 1e-9  # in steps: an output as near as this to the end of a step is taken there
@@ -92,8 +93,6 @@ class FixedOutputs:
 
 def solve_fixed(problem, tableau: Tableau, steps, step_size, gradient, parameters, progress):
     """``steps`` equal steps of every row; outputs between their ends by the cubic Hermite interpolant."""
-    from .solve import _parameters
-
     if gradient == "adjoint":
         raise ValueError(
             f"gradient: expected 'autograd' or 'recorded' for the fixed method {tableau.name!r}, got 'adjoint'"
@@ -102,7 +101,7 @@ def solve_fixed(problem, tableau: Tableau, steps, step_size, gradient, parameter
     if steps is None:
         longest = float((t1 - t0).detach().abs().max()) if problem.rows else 0.0
         steps = max(1, math.ceil(longest / step_size * (1 - ON_GRID)))
-    parameters = _parameters(problem.f, parameters, gradient)
+    parameters = parameters_of(problem.f, parameters, gradient)
     outputs = None if problem.t_eval is None else FixedOutputs(problem, tableau, steps)
     method = plan(tableau, problem.device) if outputs is None else outputs.plan
     numbers = _progress(range(steps), progress, tableau.name)
@@ -180,9 +179,4 @@ def _outputs_of(outputs: FixedOutputs | None, n: int, accepted):
 def _progress(numbers, progress, name):
     if not progress:
         return numbers
-    from ._integrator import progress_bar
-
     return progress_bar()(numbers, desc=f"solve {name}", unit="step")
-
-
-__all__ = ["graph_step", "grid_of", "solve_fixed"]

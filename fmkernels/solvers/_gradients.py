@@ -120,8 +120,8 @@ def solve_as_graph(integrator: Integrator, y, k_first, clock: Clock, outputs: Ou
 class RecordedSteps(torch.autograd.Function):
     """A solve whose backward takes its accepted steps again, one at a time, from the states recorded between them.
 
-    ``run()`` makes the solve without a graph: (state reached, values at t_eval or None, records). The memory is one state a
-    step, whatever the number of stages.
+    ``run()`` makes the solve without a graph: (state reached, values at t_eval or None, records). The memory is one
+    state a step, whatever the number of stages.
     """
 
     @staticmethod

@@ -102,8 +102,9 @@ class Integrator:
 class Watch:
     """How many rows still run, without waiting for the device.
 
-    On the CPU the counter is read where it lies. On a GPU it is copied to pinned memory after each step, and the copy is
-    polled, at most ``RUN_AHEAD`` steps later: a step or two at the end may find every row finished and change nothing.
+    On the CPU the counter is read where it lies. On a GPU it is copied to pinned memory after each step, and the copy
+    is polled, at most ``RUN_AHEAD`` steps later: a step or two at the end may find every row finished and change
+    nothing.
     """
 
     def __init__(self, counters: torch.Tensor):
@@ -139,10 +140,11 @@ def set_running(integrator: Integrator) -> None:
 
 
 def initial_step(field, t0, y, k_first, direction, q: int, rtol, atol, norm) -> torch.Tensor:
-    """|h| of a first step by Hairer's rule (Solving ODEs I, II.4), float64 with the shape of ``t0``; calls ``field`` once.
+    """|h| of a first step by Hairer's rule (Solving ODEs I, II.4), float64 with the shape of ``t0``; calls ``field``
+    once.
 
-    h₀ = 0.01 |y|/|f| (10⁻⁶ where either is small), f₁ = f(t₀ + h₀, y + h₀ f), h₁ = (0.01 / max(|f|, |f₁ − f|/h₀))^(1/q),
-    h = min(100 h₀, h₁), with every norm taken of what is divided by atol + rtol·|y|.
+    h₀ = 0.01 |y|/|f| (10⁻⁶ where either is small), f₁ = f(t₀ + h₀, y + h₀ f), h₁ = (0.01 / max(|f|, |f₁ −
+    f|/h₀))^(1/q), h = min(100 h₀, h₁), with every norm taken of what is divided by atol + rtol·|y|.
     """
     scale = atol + rtol * y.abs()
     d0, d1 = norm(y / scale), norm(k_first / scale)

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def plan(tableau: Tableau, device: torch.device, nudged: bool = False) -> Plan:
-    """``nudged``: evaluate just before the end of a step, on this side of a discontinuity there, as torchdiffeq does."""
+    """``nudged``: evaluate just before the end of a step, on this side of a discontinuity there, like torchdiffeq."""
 
     def tensor(rows) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.float64, device=device)

@@ -1,0 +1,177 @@
+"""What a solve is given, checked, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import _checks
+from ..ops.runge_kutta_step import DONE
+from ._state import State
+
+STATUSES = {-1: "running", 0: "done", 1: "reached max_steps", 2: "step size underflow", 3: "non-finite"}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What :func:`solve` returns; B rows, one for each sample.
+
+    Attributes:
+        y: the state at ``t``, [B, …]; with ``t_eval`` the states there, [B, T, …], NaN where a row has no such time or
+            did not reach it. A tuple of them for a tuple of states.
+        t: float64 [B], the time reached.
+        status: int8 [B]: 0 done, 1 reached max_steps, 2 step size underflow, 3 non-finite.
+        nfe, accepted, rejected: int64 [B]: calls of f while the row ran, and its steps.
+        calls: calls of f for the batch.
+        steps: float64 [B, S], the times at which a row's steps ended, from its start on, NaN after the last; None
+            unless ``record_steps`` or ``dense``.
+    """
+
+    y: torch.Tensor | tuple[torch.Tensor, ...]
+    t: torch.Tensor
+    status: torch.Tensor
+    nfe: torch.Tensor
+    accepted: torch.Tensor
+    rejected: torch.Tensor
+    calls: int
+    steps: torch.Tensor | None = None
+    _dense: Callable | None = field(default=None, repr=False)
+
+    def __call__(self, t) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The solution at time t, a number or [B], by the method's interpolant: [B, …]; NaN beyond what a row covered.
+
+        Needs ``solve(..., dense=True)``.
+        """
+        if self._dense is None:
+            raise ValueError("dense: expected solve(..., dense=True) for a solution that is called, got dense=False")
+        return self._dense(t)
+
+    def raise_for_status(self) -> Solution:
+        """This solution, or a RuntimeError that says which rows did not reach their end and why."""
+        if bool((self.status != DONE).any()):
+            parts = []
+            for code in range(1, 4):
+                rows = torch.where(self.status == code)[0].tolist()
+                if rows:
+                    shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+                    parts.append(f"{len(rows)} {STATUSES[code]} (rows {shown})")
+            raise RuntimeError(f"solve: {len(self.status)} rows, of which " + "; ".join(parts))
+        return self
+
+
+class Problem:
+    """The checked arguments of a solve: packed state, times as float64 [B] and [T] or [B, T] on its device."""
+
+    def __init__(self, f, y0, t_span, t_eval):
+        if not callable(f):
+            raise TypeError(f"f: expected a callable f(t, y), got {type(f).__name__}")
+        self.f, self.y0 = f, y0
+        self.state = State("y0", y0, 1)
+        self.rows, self.device = self.state.rows, self.state.device
+        self.field = self.state.field(f)
+        self.y = self.state.pack(y0)
+        self.t0, self.t1 = self._span(t_span)
+        self.t_eval = None if t_eval is None else self._outputs(t_eval)
+
+    def _time(self, name: str, value) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            if not value.is_floating_point() and value.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
+            if value.device != self.device and value.device.type != "cpu":
+                raise ValueError(f"{name}: expected device {self.device}, that of y0, or the CPU, got {value.device}")
+            return value.to(self.device, torch.float64)
+        try:
+            return torch.as_tensor(value, dtype=torch.float64).to(self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected real numbers or a tensor of them, got {type(value).__name__}") from error
+
+    def _span(self, t_span) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(t_span, torch.Tensor):
+            if t_span.shape not in ((2,), (self.rows, 2)):
+                raise ValueError(f"t_span: expected shape [2] or [{self.rows}, 2], got {list(t_span.shape)}")
+            t_span = t_span.unbind(-1)
+        if not isinstance(t_span, (tuple, list)) or len(t_span) != 2:
+            got = f"{len(t_span)} values" if isinstance(t_span, (tuple, list)) else type(t_span).__name__
+            raise ValueError(f"t_span: expected a pair (t0, t1), got {got}")
+        ends = []
+        for name, value in zip(("t_span[0]", "t_span[1]"), t_span, strict=True):
+            end = self._time(name, value)
+            if end.shape not in ((), (self.rows,)):
+                raise ValueError(f"{name}: expected a number or shape [{self.rows}], got shape {list(end.shape)}")
+            if not bool(end.isfinite().all()):
+                raise ValueError(f"{name}: expected finite times, got {end.tolist()}")
+            ends.append(end.expand(self.rows))
+        return ends[0], ends[1]
+
+    def _outputs(self, t_eval) -> torch.Tensor:
+        t_eval = self._time("t_eval", t_eval)
+        if t_eval.dim() not in (1, 2) or (t_eval.dim() == 2 and t_eval.shape[0] != self.rows) or not t_eval.shape[-1]:
+            raise ValueError(
+                f"t_eval: expected shape [T] or [{self.rows}, T] with at least one time, got {list(t_eval.shape)}"
+            )
+        given = t_eval.detach()
+        missing = given.isnan()
+        if bool((missing[..., :-1] & ~missing[..., 1:]).any()):
+            raise ValueError("t_eval: expected NaN only after a row's last time, got a number after NaN")
+        direction = torch.sign(self.t1 - self.t0).detach().unsqueeze(-1)
+        if bool(((given[..., 1:] - given[..., :-1]) * direction < 0).any()):
+            raise ValueError(
+                "t_eval: expected times in the order of integration, from t_span[0] to t_span[1], got others"
+            )
+        outside = ((given - self.t0.detach().unsqueeze(-1)) * direction < 0) | (
+            (given - self.t1.detach().unsqueeze(-1)) * direction > 0
+        )
+        if bool(outside.any()):
+            raise ValueError(
+                f"t_eval: expected times within t_span, got {given.expand(outside.shape)[outside][0].tolist()}"
+            )
+        return t_eval
+
+    def solution(self, y, outputs, t, status, nfe, accepted, rejected, calls, steps=None, dense=None) -> Solution:
+        y = self.state.unpack(y if outputs is None else outputs)
+        return Solution(y, t, status.to(torch.int8), nfe, accepted, rejected, calls, steps, dense)
+
+
+def tolerance(name: str, value, problem: Problem) -> torch.Tensor:
+    """float64 [1 or B, 1 or D]."""
+    if not isinstance(value, torch.Tensor):
+        return torch.full((1, 1), _checks.number(name, value, 0.0), dtype=torch.float64, device=problem.device)
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
+    if bool((~(value >= 0)).any()):
+        raise ValueError(f"{name}: expected no negative tolerance, got {value.min().tolist()}")
+    value = value.to(problem.device, torch.float64)
+    if value.dim() == 0:
+        return value.reshape(1, 1)
+    if value.shape == (problem.rows,):
+        return value.reshape(-1, 1)
+    if problem.state.is_tuple:
+        raise ValueError(f"{name}: expected a number or shape [{problem.rows}] for a tuple y0, got {list(value.shape)}")
+    try:
+        wide = value.broadcast_to(problem.y0.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: expected shape [{problem.rows}] or one that broadcasts to {list(problem.y0.shape)}, that of y0, "
+            f"got {list(value.shape)}"
+        ) from error
+    return wide.reshape(problem.rows, -1).contiguous()
+
+
+def parameters_of(f, parameters, gradient) -> tuple[torch.Tensor, ...]:
+    if parameters is not None:
+        parameters = tuple(parameters)
+        for i, parameter in enumerate(parameters):
+            _checks.tensor(f"parameters[{i}]", parameter)
+        return tuple(p for p in parameters if p.requires_grad)
+    if gradient == "autograd":
+        return ()
+    if isinstance(f, torch.nn.Module):
+        return tuple(p for p in f.parameters() if p.requires_grad)
+    if torch.is_grad_enabled():
+        raise ValueError(
+            f"parameters: expected the tensors that gradient={gradient!r} differentiates, or () for none, since f is "
+            "not a torch.nn.Module; got None"
+        )
+    return ()
