@@ -14,11 +14,13 @@ import torch
 
 from fmkernels import _info, _registration
 
-from . import head, peers
+from . import head, peers, solvers
 from .measure import family, measure
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+OPS = head.OPS | solvers.OPS
+FAMILIES = (*peers.FAMILIES, *solvers.FAMILIES)
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -62,11 +64,10 @@ def parser(prog: str | None) -> argparse.ArgumentParser:
         description="Measure every op here against its peers: verified first, timed in turn with them and with a copy. "
         "Several values are separated by commas.",
     )
-    found.add_argument("--op", type=one_of(head.OPS), metavar="OP", help=f"of {', '.join(head.OPS)}")
+    found.add_argument("--op", type=one_of(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
     found.add_argument("--size", type=sizes, metavar="RxC", help="rows x columns, such as 256x784")
     found.add_argument("--dtype", type=dtypes, metavar="TYPE", help="fp32, bf16, fp16 or fp64; fp32,bf16 unless given")
-    families = ", ".join(peers.FAMILIES)
-    found.add_argument("--peers", type=one_of([*peers.FAMILIES, "none"]), help=f"of {families}, or none")
+    found.add_argument("--peers", type=one_of([*FAMILIES, "none"]), help=f"of {', '.join(FAMILIES)}, or none")
     found.add_argument("--device", type=device, default=None, help="cpu or cuda; cuda where there is one")
     found.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     found.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: 2)")
@@ -83,7 +84,8 @@ class Session:
         torch.set_num_threads(options.threads)
         where = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.peers, self.seconds, self.show = where, options.peers, options.seconds, show
-        self.cases = head.cases(where, options.op, options.size, options.dtype)
+        wanted = where, options.op, options.size, options.dtype
+        self.cases = [*head.cases(*wanted), *solvers.cases(*wanted)]
         self.rows: list[dict] = []
         self.path = None  # of the results
         if options.json is not None:
@@ -93,7 +95,10 @@ class Session:
 
     def measure(self, case, **how) -> dict:
         """Measure a case, keep its row, write what there is so far, and say so."""
-        row = measure(case, self.peers, self.seconds, **how)
+        if isinstance(case, solvers.SolverCase):
+            row = case.measure(self.peers, self.seconds)
+        else:
+            row = measure(case, self.peers, self.seconds, **how)
         self.rows.append(row)
         if self.path:
             self.path.write_text(json.dumps(document(self), indent=1, ensure_ascii=False) + "\n")
@@ -152,7 +157,8 @@ def fastest(row: dict) -> dict[str, dict]:
 def show(rows: list[dict]) -> None:
     """Print the rows as tables, the whole head first; ratios are to the fastest variant of each peer."""
     for title, wanted in (("The training head", True), ("Single ops", False)):
-        chosen = [row for row in rows if "error" not in row and row["op"].startswith("head") == wanted]
+        single = [row for row in rows if "error" not in row and row["op"] not in solvers.OPS]
+        chosen = [row for row in single if row["op"].startswith("head") == wanted]
         if not chosen:
             continue
         families = [name for name in peers.FAMILIES if any(name in fastest(row) for row in chosen)]
@@ -163,6 +169,21 @@ def show(rows: list[dict]) -> None:
             table.append([*(text(row) for _, text in columns), *(times(ratios.get(name)) for name in families)])
         header = [*(name for name, _ in columns), *families]
         _info.print_table(f"{title}; a peer's column says how many times as long it takes", header, table, left=4)
+    solved = [row for row in rows if "error" not in row and row["op"] in solvers.OPS]
+    if solved:
+        table = [
+            [
+                *(text(row) for _, text in COLUMNS[:4]),
+                duration(row["median_s"]),
+                f"{row['iqr_s'] / row['median_s']:.0%}",
+                f"{row['of_copy']:.0%}" if "of_copy" in row else "–",
+                str(row["calls"]),
+                *(times(row["peers"].get(name)) for name in solvers.FAMILIES),
+            ]
+            for row in solved
+        ]
+        header = [*(name for name, _ in COLUMNS[:4]), "outside f", "spread", "of copy", "calls of f", *solvers.FAMILIES]
+        _info.print_table("Solvers: time outside f per six evaluations of it", header, table, left=4)
     for row in rows:
         if row["size"] == "256x2" and row.get("baseline_s") and row["peers"]:
             net = ", ".join(f"{name} {figures['ratio_less_baseline']:.2f}x" for name, figures in fastest(row).items())
@@ -194,7 +215,7 @@ def document(session: Session) -> dict:
     facts = _registration.build_facts()
     return {
         "device": _info.device_name(session.device.type),
-        "versions": _info.versions("flow_matching", "torchcfm"),
+        "versions": _info.versions("flow_matching", "torchcfm", "torchdiffeq", "torchode"),
         "build": {name: facts.get(name) for name in ("compiler", "nvcc", "cuda_arch_list", "flags")},
         "commit": commit(),
         "results": session.rows,
