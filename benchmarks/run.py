@@ -14,12 +14,12 @@ import torch
 
 from fmkernels import _info, _registration
 
-from . import head, peers, solvers
+from . import head, peers, sampling, solvers
 from .measure import family, measure
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-OPS = head.OPS | solvers.OPS
+OPS = head.OPS | sampling.OPS | solvers.OPS
 FAMILIES = (*peers.FAMILIES, *solvers.FAMILIES)
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
@@ -85,7 +85,7 @@ class Session:
         where = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.peers, self.seconds, self.show = where, options.peers, options.seconds, show
         wanted = where, options.op, options.size, options.dtype
-        self.cases = [*head.cases(*wanted), *solvers.cases(*wanted)]
+        self.cases = [*head.cases(*wanted), *sampling.cases(*wanted), *solvers.cases(*wanted)]
         self.rows: list[dict] = []
         self.path = None  # of the results
         if options.json is not None:
