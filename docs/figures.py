@@ -19,6 +19,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))  # run by its path, from a checkout that may not be installed
 
 import fmkernels as fmk  # noqa: E402
+from benchmarks import solvers  # noqa: E402
 from benchmarks.run import amount, duration, fastest, short  # noqa: E402
 from fmkernels.objectives import velocity_from_prediction  # noqa: E402
 
@@ -171,7 +172,49 @@ def weights(pyplot, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-PICTURES = {"schedules.png": schedules, "timesteps.png": timesteps, "weights.png": weights}
+STIFFNESS = ((1.0, BLUE), (4.0, GREEN), (10.0, ORANGE))
+
+
+def van_der_pol(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """An oscillator for each μ of ``STIFFNESS``; y is [3, 2], or [1, 3, 2] for one step size."""
+    mu = torch.tensor([mu for mu, _ in STIFFNESS], dtype=y.dtype)
+    x, v = y.unbind(-1)
+    return torch.stack([v, mu * (1 - x * x) * v - x], dim=-1)
+
+
+def step_sizes(pyplot, path: Path) -> None:
+    """Three oscillators as three rows and as one row: the solutions, and the sizes of the steps."""
+    end, options = 24.0, {"rtol": 1e-6, "atol": 1e-6, "record_steps": True}
+    y0 = torch.tensor([2.0, 0.0], dtype=torch.float64).expand(len(STIFFNESS), 2).contiguous()
+    t = torch.linspace(0, end, 1501, dtype=torch.float64)
+    own = fmk.solve(van_der_pol, y0, (0, end), t, **options).raise_for_status()
+    one = fmk.solve(van_der_pol, y0.unsqueeze(0), (0, end), **options).raise_for_status()
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(10.4, 6.8), sharex=True, height_ratios=(1, 1.5), layout="constrained"
+    )
+
+    def stairs(solution, row, label, **style):
+        times = solution.steps[row]
+        times = times[~times.isnan()]
+        below.stairs(times.diff(), times, baseline=None, label=f"{label}: {solution.nfe[row]} evaluations", **style)
+
+    stairs(one, 0, "one step size for the three", color="#111827", linewidth=1.2, linestyle=(0, (2, 1)), zorder=3)
+    for row, (mu, colour) in enumerate(STIFFNESS):
+        above.plot(t, own.y[row, :, 0], color=colour, label=f"μ = {mu:g}")
+        stairs(own, row, f"μ = {mu:g}", color=colour, linewidth=1.8)
+    above.set(ylabel="x", title="van der Pol's oscillator, x″ = μ(1 − x²)x′ − x")
+    above.legend(loc="upper right", ncols=3, bbox_to_anchor=(1, 1.16), fontsize=9)
+    below.set(yscale="log", xlabel="t", ylabel="step size h", xlim=(0, end), title="steps of dopri5 at 10⁻⁶")
+    below.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+PICTURES = {
+    "schedules.png": schedules,
+    "timesteps.png": timesteps,
+    "weights.png": weights,
+    "step_sizes.png": step_sizes,
+}
 
 
 def draw(folder: Path = DOCS) -> None:
@@ -195,11 +238,13 @@ def markdown(header: list[str], rows: Iterable[list[str]], left: int = 2) -> str
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
-def provenance(document: dict) -> str:
+HEAD_PEERS = ("flow_matching", "torchcfm")
+
+
+def provenance(document: dict, peers: Iterable[str] = HEAD_PEERS) -> str:
     """What the numbers were measured on and with."""
     versions = document["versions"]
-    known = ("python", "torch", "triton", "flow_matching", "torchcfm")
-    parts = [f"{name} {versions[name]}" for name in known if versions.get(name)]
+    parts = [f"{name} {versions[name]}" for name in ("python", "torch", "triton", *peers) if versions.get(name)]
     parts += [f"compiled by {document['build']['compiler']}"] if document["build"].get("compiler") else []
     parts += [f"commit {document['commit']}"] if document.get("commit") else []
     return f"**{document['device']}.** {', '.join(parts)}."
@@ -255,11 +300,30 @@ def head_numbers(document: dict) -> list[str]:
 
 def op_numbers(document: dict) -> list[str]:
     """The single ops."""
-    rows = [row for row in document["results"] if "error" not in row and not is_head(row)]
+    rows = [row for row in document["results"] if "error" not in row and not is_head(row) and not is_solver(row)]
     return [provenance(document), table(rows, "case")] if rows else []
 
 
-SECTIONS = {"head": head_numbers, "ops": op_numbers}
+def is_solver(row: dict) -> bool:
+    return row["op"] in solvers.OPS
+
+
+def solver_numbers(document: dict) -> list[str]:
+    """The solvers: the time that they spend outside the field."""
+    rows = [row for row in document["results"] if "error" not in row and is_solver(row)]
+    if not rows:
+        return []
+    names = families(rows)
+    header = ["solver", "batch", "dtype", "time outside f", "of a copy", "evaluations", *names]
+    body = []
+    for row in rows:
+        cells = [row["op"], row["size"].replace("x", " × "), short(row["dtype"]), duration(row["median_s"])]
+        cells += [f"{row['of_copy']:.0%}" if "of_copy" in row else "–", str(row["calls"])]
+        body.append([*cells, *(ratio(row["peers"].get(name)) for name in names)])
+    return [provenance(document, solvers.FAMILIES), markdown(header, body, left=3)]
+
+
+SECTIONS = {"head": head_numbers, "ops": op_numbers, "solvers": solver_numbers}
 NOTHING = 'No results are committed yet; `make bench ARGS="--json"` measures and writes them.'
 
 

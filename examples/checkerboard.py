@@ -1,11 +1,12 @@
 """The checkerboard comparison of the flow matching paper: optimal-transport path against variance-preserving diffusion.
 
-Two equal networks are trained through the fused head, one on each path, and sampled with the same fixed-step solver:
+Two equal networks are trained through the fused head, one on each path, and sampled with ``fmk.solve``:
 
 1. ``train``: the loop a trainer keeps, with ``fm.sample`` and ``fm.loss`` in place of its own arithmetic;
-2. ``integrate``: from noise to data along ``fm.velocity(model)``;
-3. ``draw``: one picture, rows the paths, columns the time and then the number of steps;
-4. ``measure``: time and memory of the head against plain PyTorch, compiled and not.
+2. ``integrate``: from noise to data along ``fm.velocity(model)``, in equal steps;
+3. ``adapt``: the same with a step size for every sample, which counts the evaluations that a tolerance takes;
+4. ``draw``, ``draw_trajectories``: the samples over time and over the number of steps, and the ways they went;
+5. ``measure``: time and memory of the head against plain PyTorch, compiled and not.
 
 Run it with ``python -m fmkernels demo`` or by its path. Source: Lipman et al., "Flow Matching for Generative Modeling"
 (2023), section 6.1 and figure 4.
@@ -39,6 +40,8 @@ from fmkernels.ops.sample_path import PathArguments, sample_path_reference
 SIDE = 4  # squares a side; the board is [-2, 2]², half of it dark, its deviation close to that of the noise
 FULL_STEPS = 32
 FEW_STEPS = (4, 8, 16)
+TOLERANCE = 1e-5  # that of the paper's table of function evaluations
+COUNTED, DRAWN, INSTANTS = 2000, 250, 129  # samples whose evaluations are counted, those of them drawn, times drawn
 IMAGES = (128, 12288)  # a batch of 64 × 64 RGB images, for the head alone
 
 
@@ -107,15 +110,27 @@ def train(fm: fmk.FlowMatching, model: nn.Module, steps: int, batch_size: int, l
 @torch.no_grad()
 def integrate(field, x: torch.Tensor, steps: int, snapshots: int = 1) -> list[torch.Tensor]:
     """x and ``snapshots`` later states: equal midpoint steps from the low to the high end of the field's times."""
-    low, high = field.t_range
-    h = (high - low) / steps
-    path = [x]
-    for step in range(steps):
-        t = low + step * h
-        x = x + h * field(t + h / 2, x + h / 2 * field(t, x))
-        if (step + 1) % (steps // snapshots) == 0:
-            path.append(x)
-    return path
+    times = torch.linspace(*field.t_range, snapshots + 1, dtype=torch.float64)
+    return list(fmk.solve(field, x, field.t_range, times, "midpoint", steps=steps).y.unbind(1))
+
+
+@torch.no_grad()
+def adapt(field, x: torch.Tensor, instants: int = INSTANTS) -> fmk.Solution:
+    """Dormand and Prince's method with a step size for every sample; the states [B, instants, 2]."""
+    times = torch.linspace(*field.t_range, instants, dtype=torch.float64)
+    return fmk.solve(field, x, field.t_range, times, "dopri5", rtol=TOLERANCE, atol=TOLERANCE).raise_for_status()
+
+
+def evaluations_of(solution: fmk.Solution) -> dict:
+    """Calls of the network that the samples took, and that the batch took."""
+    nfe, steps = solution.nfe, solution.accepted + solution.rejected
+    return {
+        "mean": nfe.double().mean().item(),
+        "min": nfe.min().item(),
+        "max": nfe.max().item(),
+        "rejected": (solution.rejected.sum() / steps.sum()).item(),
+        "calls": solution.calls,
+    }
 
 
 def normal_points(rows: int, seed: int, device=None) -> torch.Tensor:
@@ -153,6 +168,47 @@ def draw(panels: dict[str, tuple[list, list]], file: Path) -> None:
                 axis.set_title(title if which == 0 else f"{title}: {misplaced(x):.0%} misplaced", fontsize=11)
             if which == 0:
                 axes[row, 0].set_ylabel(name, fontsize=13)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_trajectories(solutions: dict[str, fmk.Solution], file: Path) -> None:
+    """The picture of the ways from noise to data: a panel for each path, then how many evaluations the samples took."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import LinearSegmentedColormap
+
+    limit, hues = 3.1, ("#2f6db3", "#d9772b")
+    figure = plt.figure(figsize=(15.2, 5.6), layout="constrained")
+    axes = figure.subplots(1, len(solutions) + 1, width_ratios=(*(1 for _ in solutions), 0.9))
+    counts = {name: solution.nfe.tolist() for name, solution in solutions.items()}
+    ends = min(map(min, counts.values())), max(map(max, counts.values()))
+    bins = [ends[0] - 3 + 6 * i for i in range((ends[1] - ends[0]) // 6 + 2)]  # a step is six evaluations
+    for axis, (name, solution), hue in zip(axes, solutions.items(), hues):
+        corners = itertools.product(range(-SIDE // 2, SIDE // 2), repeat=2)
+        for corner in (corner for corner in corners if sum(corner) % 2 == 0):
+            axis.add_patch(plt.Rectangle(corner, 1, 1, color="#e9ecf1", linewidth=0, zorder=0))
+        ways = solution.y[:DRAWN].cpu()
+        pieces = torch.stack([ways[:, :-1], ways[:, 1:]], dim=2)
+        shades = LinearSegmentedColormap.from_list(name, ["#c9ced6", "#c9ced6", hue])
+        time = torch.linspace(0, 1, pieces.shape[1]).repeat(len(pieces))
+        lines = LineCollection(pieces.flatten(0, 1).numpy(), array=time.numpy(), cmap=shades, linewidths=0.9)
+        axis.add_collection(lines)
+        axis.scatter(*ways[:, 0].numpy().T, s=9, color="#9aa1ac", linewidths=0, zorder=3)
+        axis.scatter(*ways[:, -1].numpy().T, s=13, color=hue, linewidths=0, zorder=4)
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+        axis.spines[:].set_color("#9aa5b1")
+        axis.set_title(name, fontsize=13)
+        label = f"{name}: mean {statistics.mean(counts[name]):.0f}"
+        axes[-1].hist(counts[name], bins, color=hue, alpha=0.3)
+        axes[-1].hist(counts[name], bins, color=hue, histtype="step", linewidth=1.8, label=label)
+    axes[-1].set_title("evaluations that a sample takes", fontsize=13)
+    axes[-1].set(yticks=[], xlabel=f"evaluations of the network, tolerance {TOLERANCE:.0e}")
+    axes[-1].legend(frameon=False, fontsize=11)
+    axes[-1].spines[["left", "top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -314,9 +370,18 @@ def report(results: dict) -> None:
         ("first loss", "last", "ms a step", *[f"{n} steps" for n in steps]),
         "n steps: samples misplaced after n midpoint steps (total variation)",
     )
+    evaluations = table(
+        f"Evaluations of the network that a sample takes, dopri5 at {TOLERANCE:g}",
+        "path",
+        ("mean", "fewest", "most", "rejected steps", "calls"),
+        f"over {results['counted']} samples, each with its own step sizes; calls: for all of them at once",
+    )
     for name, path in results["paths"].items():
         figures = f"{path['first_loss']:.3f}", f"{path['final_loss']:.3f}", f"{1e3 * path['step_s']:.1f}"
         paths.add_row(name, *figures, *[f"{path['misplaced'][n]:.1%}" for n in steps])
+        nfe = path["nfe"]
+        figures = f"{nfe['mean']:.1f}", f"{nfe['min']}", f"{nfe['max']}", f"{nfe['rejected']:.1%}", f"{nfe['calls']}"
+        evaluations.add_row(name, *figures)
 
     rows, columns = results["images"]
     heads = table(
@@ -332,7 +397,7 @@ def report(results: dict) -> None:
         values = (1e6 * row["points_s"], 1e3 * row["step_s"], 1e3 * row["images_s"], row["images_bytes"] / 1e6)
         heads.add_row(row["head"], *[f"{value:.1f}" for value in values])
     console = Console()
-    console.print(paths, heads, sep="\n\n")
+    console.print(paths, evaluations, heads, sep="\n\n")
 
 
 def positive(text: str) -> int:
@@ -346,8 +411,9 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fmkernels demo",
         description="Train a small network on the checkerboard with the optimal-transport path and with the diffusion "
-        "path through the fused head, sample both, draw them (checkerboard.png), and compare the head with plain "
-        "PyTorch (checkerboard.json has the numbers). About three minutes on two cores.",
+        "path through the fused head, sample both, draw them (checkerboard.png, trajectories.png), count the network's "
+        "evaluations, and compare the head with plain PyTorch (checkerboard.json has the numbers). About three minutes "
+        "on two cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -371,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     noise = normal_points(2000 if options.quick else 30_000, options.seed, options.device)
 
-    panels, paths = {}, {}
+    panels, paths, solutions = {}, {}, {}
     for name, schedule in (("optimal transport", fmk.CondOT()), ("diffusion", fmk.VP())):
         torch.manual_seed(options.seed)
         model = VelocityMLP(64 if options.quick else 256).to(options.device)
@@ -383,15 +449,18 @@ def main(argv: list[str] | None = None) -> None:
         snapshots = integrate(field, noise, FULL_STEPS, snapshots=4)
         few = [integrate(field, noise, steps)[-1] for steps in FEW_STEPS]
         panels[name] = snapshots, few
+        solutions[name] = adapt(field, noise[:COUNTED])
         paths[name] = {
             "first_loss": statistics.median(losses[:10]),
             "final_loss": statistics.median(losses[-(len(losses) // 10 + 1) :]),  # diffusion's has a long tail
             "step_s": step_s,
             "on_dark": on_dark(snapshots[-1]),
             "misplaced": {n: misplaced(x) for n, x in zip((FULL_STEPS, *FEW_STEPS), (snapshots[-1], *few))},
+            "nfe": evaluations_of(solutions[name]),
         }
 
     draw(panels, options.out / "checkerboard.png")
+    draw_trajectories(solutions, options.out / "trajectories.png")
     print("Measuring the head", flush=True)
     images = (4, 48) if options.quick else IMAGES
     results = {
@@ -400,13 +469,15 @@ def main(argv: list[str] | None = None) -> None:
         "backend": answering("sample_path", options.device),
         "steps": options.steps,
         "batch": options.batch,
+        "counted": len(noise[:COUNTED]),
         "paths": paths,
         "images": images,
         "heads": measure(model, options.batch, images, options.device, options.quick),
     }
     (options.out / "checkerboard.json").write_text(json.dumps(results, indent=2) + "\n")
     report(results)
-    print(f"{options.out / 'checkerboard.png'} and checkerboard.json in {time.perf_counter() - started:.0f} s")
+    written = "checkerboard.png, trajectories.png and checkerboard.json"
+    print(f"{written} in {options.out}, after {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,11 @@ import pytest
 
 import fmkernels as fmk
 from fmkernels import _registration, objectives
+from fmkernels.integrations import torchdiffeq
 from fmkernels.matching import NOISE_MODES
+from fmkernels.solvers._problem import STATUSES
+from fmkernels.solvers.solve import CONTROLLERS, GRADIENTS
+from fmkernels.solvers.tableaus import ADAPTIVE, FIXED
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,8 +100,30 @@ def test_rendered_numbers(figures, tmp_path):
     assert "torch.compile 2 MB." in text
     assert "| noise | 256 × 2 | bf16 | 1.5 ms | 62% | 12.35 kB |" in text
     assert figures.filled(text, tmp_path) == text
+    assert "odeint" not in text
     (tmp_path / "device.json").unlink()
     assert text != figures.filled(text, tmp_path) and figures.NOTHING in figures.filled(text, tmp_path)
+
+
+def test_rendered_numbers_of_the_solvers(figures, tmp_path):
+    row = {"size": "256x2", "dtype": "float64", "median_s": 3e-5, "calls": 602}
+    rows = [
+        {**row, "op": "odeint", "peers": {"torchdiffeq": {"ratio": 9.06}}},
+        {**row, "op": "solve", "peers": {"torchdiffeq": {"ratio": 8.0}, "torchode": {"ratio": 12.34}}},
+        {**row, "op": "solve_large", "size": "4096x256", "of_copy": 0.625, "peers": {}},
+        {"op": "solve", "size": "256x2", "dtype": "float32", "error": "wrong"},
+    ]
+    versions = {"torch": "9.9", "torchcfm": "1.0", "torchdiffeq": "0.2", "torchode": None}
+    document = {"device": "a device", "versions": versions, "build": {}, "commit": "abc", "results": rows}
+    (tmp_path / "device.json").write_text(json.dumps(document))
+    pages = [f"<!-- numbers: {name} -->\nold\n<!-- end of numbers -->" for name in ("solvers", "ops", "head")]
+    text, *others = (figures.filled(page, tmp_path) for page in pages)
+    assert "**a device.** torch 9.9, torchdiffeq 0.2, commit abc." in text and "old" not in text
+    assert "| solver | batch | dtype | time outside f | of a copy | evaluations | torchdiffeq | torchode |" in text
+    assert "| odeint | 256 × 2 | fp64 | 30 µs | – | 602 | 9.1× | – |" in text
+    assert "| solve | 256 × 2 | fp64 | 30 µs | – | 602 | 8.0× | 12.3× |" in text
+    assert "| solve_large | 4096 × 256 | fp64 | 30 µs | 62% | 602 | – | – |" in text and "wrong" not in text
+    assert all(figures.NOTHING in other for other in others), "solvers are no ops"
 
 
 def test_pictures_are_drawn(figures, tmp_path):
@@ -110,6 +136,7 @@ def test_pictures_are_drawn(figures, tmp_path):
 PUBLIC = {name: getattr(fmk, name) for name in fmk.__all__ if name != "ops"}
 PUBLIC |= {f"ops.{name}": getattr(fmk.ops, name) for name in fmk.ops.__all__}
 PUBLIC |= {f"FlowMatching.{name}": getattr(fmk.FlowMatching, name) for name in ("sample", "loss", "velocity", "named")}
+PUBLIC |= {f"integrations.torchdiffeq.{name}": getattr(torchdiffeq, name) for name in torchdiffeq.__all__}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -143,6 +170,7 @@ LISTED = [
     *descriptions(fmk.Schedule),
     *descriptions(fmk.TimestepSampler),
     *strings(*objectives.PREDICTIONS, *objectives.WEIGHTS, *objectives.RHOS, *objectives.NAMED, *NOISE_MODES),
+    *strings(*ADAPTIVE, *FIXED, *CONTROLLERS, *GRADIENTS),
     *(f"`{name}`" for name in (*fmk.ops.__all__, *_registration.BACKENDS) if name.islower()),
     *(f"make {target}" for target in ("demo", "test", "sanitize", "bench", "gpu")),
     *dict.fromkeys(re.findall(r"FMK_[A-Z]+|MAX_JOBS|TORCH_CUDA_ARCH_LIST", SETUP)),
@@ -152,3 +180,27 @@ LISTED = [
 @pytest.mark.parametrize("word", LISTED)
 def test_the_readme_lists(word):
     assert word in README
+
+
+SOLVERS = (ROOT / "docs" / "solvers.md").read_text()
+SOLVER_WORDS = [
+    *(f"`{name}`" for name in (*ADAPTIVE, *FIXED)),
+    *(f'`"{name}"`' for name in (*CONTROLLERS, *GRADIENTS)),
+    *torchdiffeq.__all__,
+    *(text for code, text in STATUSES.items() if code >= 0),
+]
+
+
+@pytest.mark.parametrize("word", SOLVER_WORDS)
+def test_the_page_of_the_solvers_lists(word):
+    assert word in SOLVERS
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_the_page_of_the_solvers_has_the_evaluations_of(name):
+    method = ADAPTIVE[name]
+    row = next(line for line in SOLVERS.splitlines() if line.startswith(f"| `{name}` |"))
+    assert [cell.strip() for cell in row.split("|")[2:4]] == [
+        f"{method.order}({method.order - 1})",
+        str(len(method.b) - 1),
+    ]

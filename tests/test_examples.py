@@ -31,11 +31,12 @@ def results(checkerboard, one_thread, tmp_path_factory):
     return out
 
 
-def test_the_picture_and_the_numbers_are_written(results):
+def test_the_pictures_and_the_numbers_are_written(results):
     import matplotlib.image
 
-    height, width, _ = matplotlib.image.imread(results / "checkerboard.png").shape
-    assert width > 1000 and height > 300
+    for name in ("checkerboard", "trajectories"):
+        height, width, _ = matplotlib.image.imread(results / f"{name}.png").shape
+        assert width > 1000 and height > 300
     heads = json.loads((results / "checkerboard.json").read_text())["heads"]
     assert FUSED < {head["head"] for head in heads}
     assert all(head[figure] > 0 for head in heads for figure in ("points_s", "step_s", "images_s", "images_bytes"))
@@ -45,6 +46,15 @@ def test_the_loss_falls_and_the_samples_find_the_dark_squares(results):
     for name, path in json.loads((results / "checkerboard.json").read_text())["paths"].items():
         assert path["final_loss"] < 0.95 * path["first_loss"], name
         assert path["on_dark"] > 0.65, name  # the base has 0.46, points spread evenly over the board 0.5
+
+
+def test_evaluations_are_counted_for_every_sample(results):
+    paths = json.loads((results / "checkerboard.json").read_text())["paths"]
+    for name, path in paths.items():
+        nfe = path["nfe"]
+        assert nfe["min"] < nfe["mean"] < nfe["max"] <= nfe["calls"], name
+        assert 14 < nfe["min"] and nfe["max"] < 1000 and 0 <= nfe["rejected"] < 0.7, name
+        assert all((nfe[which] - 2) % 6 == 0 for which in ("min", "max")), name  # two to start, six a step
 
 
 def test_dark_squares(checkerboard):
@@ -57,7 +67,7 @@ def test_dark_squares(checkerboard):
 
 def rotation(t, x):
     """Half a turn over the time range, faster and faster: angle πt²."""
-    return 2 * torch.pi * t * torch.stack([-x[:, 1], x[:, 0]], dim=-1)
+    return 2 * torch.pi * t.unsqueeze(-1) * torch.stack([-x[:, 1], x[:, 0]], dim=-1)
 
 
 def test_misplaced(checkerboard):
@@ -75,9 +85,19 @@ def test_integrate_is_second_order(checkerboard):
     errors = []
     for steps in (64, 128):
         first, *_, last = path = checkerboard["integrate"](rotation, start, steps, snapshots=4)
-        assert len(path) == 5 and first is start
+        assert len(path) == 5 and torch.equal(first, start)
         errors.append((last + start).norm())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1) and errors[1] < 1e-3
+
+
+def test_adapt_meets_the_tolerance(checkerboard):
+    rotation.t_range = (0.0, 1.0)
+    start = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    solution = checkerboard["adapt"](rotation, start, instants=3)
+    angle = torch.tensor(torch.pi / 4)
+    way = torch.stack([torch.stack([angle.cos(), angle.sin()]), torch.stack([-angle.sin(), angle.cos()]) * 2])
+    expected = torch.stack([start, way.double(), -start], dim=1)
+    torch.testing.assert_close(solution.y, expected, rtol=0, atol=1e-4)
 
 
 def test_every_head_computes_the_same_loss(checkerboard, one_thread):
