@@ -253,7 +253,8 @@ def cost(call: Callable, case: Case) -> dict:
     tensors = case.tensors()
     call(tensors)
     for tensor in vars(tensors).values():
-        tensor.grad = None  # the call's own gradient counts, not one that it finds
+        if isinstance(tensor, torch.Tensor):
+            tensor.grad = None  # the call's own gradient counts, not one that it finds
     peak = peak_bytes(functools.partial(call, tensors), case.device)
     if case.device.type != "cuda":
         return {"peak_bytes": peak}

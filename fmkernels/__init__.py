@@ -20,7 +20,7 @@ from .schedules import (
     SchrodingerBridge,
     SubVP,
 )
-from .solvers import PID, Solution, solve
+from .solvers import PID, Solution, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .timesteps import Beta, CosMap, LogitNormal, Mode, TimestepSampler, Uniform
 
 __version__ = "0.1.0"
@@ -54,6 +54,10 @@ __all__ = [
     "TimestepSampler",
     "Uniform",
     "key",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
     "ops",
     "solve",
 ]

@@ -118,10 +118,11 @@ def load_compiled() -> None:
 
 
 def choose_backends() -> None:
-    """Let Triton answer on CUDA unless another backend is asked for; on the CPU where it is asked for, interpreted."""
+    """Let Triton answer on CUDA: everything, or what has no CUDA C++ where that is asked for. Interpreted, where that
+    is asked for, on the CPU too."""
     name, interpreted = backend(), os.environ.get("TRITON_INTERPRET") == "1"
     # Whether a GPU is there is not asked: that would initialise CUDA in a process that may still fork.
-    device_types = ["cuda"] if name in ("auto", "triton") and torch.backends.cuda.is_built() else []
+    device_types = ["cuda"] if name != "reference" and torch.backends.cuda.is_built() else []
     if name == "triton" and interpreted:
         device_types.append("cpu")
     found = importlib.util.find_spec("triton") is not None
@@ -134,7 +135,8 @@ def choose_backends() -> None:
         problems.append("Triton kernels not used: triton is not installed (pip install triton)")
         return
     for device_type in device_types:
-        importlib.import_module(".triton_kernels", __package__).register(device_type)
+        kernels = importlib.import_module(".triton_kernels", __package__)
+        kernels.register(device_type, kernels.KERNELS if name in ("auto", "triton") else kernels.WITHOUT_CUDA)
 
 
 def answering(name: str, device_type: str) -> str:

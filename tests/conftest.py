@@ -6,7 +6,7 @@ os.environ.setdefault("FMK_POISON", "1")  # fresh memory of the compiled kernels
 
 import pytest
 import torch
-from contract import DEVICES, INTERPRETED
+from contract_op import DEVICES, INTERPRETED
 
 MARKERS = (
     "large: more than 2³¹ elements; skipped where memory is short",

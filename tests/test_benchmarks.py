@@ -10,13 +10,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu, head, measure, peers, plot, run  # noqa: E402
+from benchmarks import gpu, head, measure, peers, plot, run, sampling  # noqa: E402
 
 CPU = torch.device("cpu")
+OPS = head.OPS | sampling.OPS
 
 
 def tiny(op="head", rows=16, columns=8, dtype=torch.float32):
-    return head.OPS[op](rows, columns, dtype, CPU)
+    return OPS[op](rows, columns, dtype, CPU)
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(measure, "LIMIT", {"cpu": 1e9})
 
 
-@pytest.mark.parametrize("op", head.OPS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", head.DTYPES, ids=str)
 def test_every_case_measures(op, dtype, quick):
     row = measure.measure(tiny(op, dtype=dtype), peers=["eager", "flow_matching", "torchcfm", "torch.randn"], seconds=0)

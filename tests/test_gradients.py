@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from contract import FORWARD, INTERPRETED, OPS, cases, eps, forward_oracle, loss_call, rows_of
+from contract import FORWARD, OPS, cases, forward_oracle, loss_call
+from contract_op import INTERPRETED, eps, rows_of
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fmkernels as fmk

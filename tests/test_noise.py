@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from contract import DEVICES, INTERPRETED
+from contract_op import DEVICES, INTERPRETED
 
 import fmkernels as fmk
 from fmkernels.ops import noise

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from contract import INTERPRETED
+from contract_op import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 

@@ -96,6 +96,9 @@ class Launch:
             if isinstance(value, torch.Tensor) and not parameter.is_constexpr:
                 kind = "*" + TYPES[value.dtype]
                 attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, tuple) and not parameter.is_constexpr:
+                kind = tuple("*" + TYPES[each.dtype] for each in value)
+                attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(value))}
             elif parameter.annotation_type:
                 kind = parameter.annotation_type
             elif not parameter.is_constexpr and value is not None and value != 1:
@@ -149,6 +152,36 @@ def scale(dtype):
     scale_gradient_(empty(ROWS, COLUMNS, dtype=dtype), empty(), empty(0), 1.0)
 
 
+def guided(dtype, velocity=None, rescale=0.0, per_row=False):
+    from fmkernels.triton_kernels.guided_euler import guided_euler
+
+    velocity = empty(ROWS, COLUMNS, dtype=velocity or dtype)
+    coefficient = empty(ROWS) if per_row else None
+    guided_euler(empty(ROWS, COLUMNS, dtype=dtype), velocity, velocity, coefficient, coefficient, -0.1, 7.5, rescale)
+
+
+def stage(dtype, terms=6, rows=ROWS, columns=COLUMNS, nudge=0):
+    from fmkernels.triton_kernels.runge_kutta_stage import runge_kutta_stage
+
+    y, times = empty(rows, columns, dtype=dtype), empty(2, rows, dtype=torch.float64)
+    runge_kutta_stage(y, [y] * terms, times, 0, empty(7, 1 + terms, dtype=torch.float64), 1, nudge)
+
+
+def step(dtype, columns, terms=6, rows=ROWS, outputs=0, components=1, by_element=False, segments=1, ratio=False):
+    from fmkernels.triton_kernels.runge_kutta_step import runge_kutta_step_
+
+    def table(*shape, dtype=torch.float64):
+        return empty(*shape, dtype=dtype)
+
+    y, tolerance = empty(rows, columns, dtype=dtype), table(1, columns // components if by_element else 1)
+    runge_kutta_step_(
+        y, y, [y] * (terms - 1), table(7, rows), table(6, rows, dtype=torch.int32), table(2 + 4 * (outputs > 0), terms),
+        table(14), tolerance, tolerance, table(segments, 2, dtype=torch.int64), components,
+        empty(rows) if ratio else None, table(outputs) if outputs else None,
+        empty(rows, outputs, columns, dtype=dtype) if outputs else None,
+    )  # fmt: skip
+
+
 # name -> (the op's launches, tensors of the data's size that are read, and written)
 KERNELS = {
     "noise": (noise, 0, 1),
@@ -158,6 +191,8 @@ KERNELS = {
     "loss, recompute": (loss, 2, 1),
     "loss, store": (lambda dtype: loss(dtype, x0=True), 3, 1),
     "scale": (scale, 1, 1),
+    "guided": (guided, 3, 1),
+    "stage": (stage, 7, 1),
 }
 MORE = {
     "path, LogitNormal": lambda: path(F32, timesteps=fmk.LogitNormal(stratified=True)),
@@ -168,8 +203,37 @@ MORE = {
     "loss, f64": lambda: loss(torch.float64),
     "loss, bf16 prediction": lambda: loss(F32, prediction=BF16),
     "loss, mask a run": lambda: loss(F32, mask=(ROWS, COLUMNS // 4)),
+    "stage, dopri8": lambda: stage(F32, 12),
+    "stage, f64": lambda: stage(torch.float64, 12),
+    "stage, nudged": lambda: stage(BF16, 3, 1 << 20, 3, nudge=1),
+    "step, f64": lambda: step(torch.float64, 3072, outputs=10),
+    "step, dopri8": lambda: step(F32, 4095, 13, outputs=10),
+    "step, dopri8, long": lambda: step(BF16, COLUMNS, 13, outputs=10),
+    "step, short rows": lambda: step(F32, 2, 13, 1 << 20, outputs=10),
+    "step, short rows, f64": lambda: step(torch.float64, 3, 13, 1 << 20, outputs=10),
+    "step, complex": lambda: step(F32, 3072, components=2, by_element=True, segments=2),
+    "step, ratio given": lambda: step(F32, 3072, ratio=True),
+    "guided, by row": lambda: guided(F32, BF16, per_row=True),
+    "guided, rescaled": lambda: guided(F32, rescale=0.7),
+    "guided, rescaled, bf16": lambda: guided(BF16, rescale=0.7, per_row=True),
+    "guided, rescaled, f64": lambda: guided(torch.float64, rescale=0.7),
     "loss, mask an element": lambda: loss(torch.float16, mask=(ROWS, COLUMNS)),
 }
+
+
+# name -> (the op's launches, tensors of the data's size that each of them reads, and writes)
+STEPS = {
+    "step": (lambda dtype: step(dtype, 3072), [(14, 2)]),  # twice: the second time from a cache
+    "step, output": (lambda dtype: step(dtype, 3072, outputs=10), [(21, 3)]),
+    "step, long": (lambda dtype: step(dtype, COLUMNS), [(7, 0), (7, 2)]),
+}
+
+
+def kernel_modules():
+    from fmkernels.triton_kernels import KERNELS
+
+    names = sorted({module for module, _ in KERNELS.values()})
+    return [importlib.import_module(f"fmkernels.triton_kernels.{name}") for name in names]
 
 
 @pytest.fixture
@@ -177,15 +241,13 @@ def launches(monkeypatch):
     """Records launches instead of running them: ``launches(call, …)`` returns those of a call."""
     if INTERPRETED:
         pytest.skip("interpreted kernels are not compiled")
-    from fmkernels.triton_kernels import matching_loss, noise, sample_path
-
     recorded = []
 
     def record(kernel, programs, *arguments, device, **constants):
         assert 0 < programs < 2**31
         recorded.append(Launch(kernel, arguments, constants))
 
-    for module in (noise, sample_path, matching_loss):
+    for module in kernel_modules():
         monkeypatch.setattr(module, "launch", record)
 
     def of(call, *arguments):
@@ -243,6 +305,20 @@ def test_compiles_without_spills(arch, launches, tmp_path):
                     check_width(compiled, launch, dtype, read, written)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_compile_without_spills(name, arch, launches, tmp_path):
+    """One launch, or two where a row is long; data 16 bytes at a time."""
+    call, widths = STEPS[name]
+    for label, dtype in DTYPES.items():
+        for launch, (read, written) in zip(launches(call, dtype), widths, strict=True):
+            compiled = launch.compile(arch)
+            used = resources(compiled, tmp_path)
+            print(f"\nsm_{arch}: {name:20} {launch.kernel.__name__:26} {label:6} {used['REG']} registers", end="")
+            check_width(compiled, launch, dtype, read, written)
+
+
 def check_width(compiled, launch, dtype, read, written):
     """Data is read and written 16 bytes at a time, each element once."""
     accesses = Counter(re.findall(r"\b(ld|st)\.global(?:\.\w+)*?\.(v\d\.b\d+)\b", compiled.asm["ptx"]))
@@ -263,15 +339,14 @@ def test_every_kernel_is_compiled(launches):
     """A kernel added to a module must be added above."""
     import triton
 
-    from fmkernels.triton_kernels import matching_loss, noise, sample_path
-
     defined = {
         name
-        for module in (matching_loss, noise, sample_path)
+        for module in kernel_modules()
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
     compiled = {launch.kernel.__name__ for call, _, _ in KERNELS.values() for launch in launches(call, F32)}
+    compiled |= {launch.kernel.__name__ for call in MORE.values() for launch in launches(call)}
     assert compiled == defined
 
 

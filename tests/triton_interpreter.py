@@ -9,7 +9,9 @@ import math
 
 import pytest
 import torch
-from contract import pairwise
+from contract_ode import SETTINGS, STEP
+from contract_op import pairwise
+from test_contract import check_values
 
 import fmkernels as fmk
 from fmkernels import _registration
@@ -17,7 +19,7 @@ from fmkernels.objectives import RHOS, Objective
 from fmkernels.ops.matching_loss import MatchingLoss, gradient_factor
 from fmkernels.ops.noise import DISTRIBUTIONS, noise_reference
 from fmkernels.ops.sample_path import STORE_X0, STORE_Z, PathArguments
-from fmkernels.triton_kernels import KERNELS, _tile
+from fmkernels.triton_kernels import KERNELS, _tile, runge_kutta_step
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -221,6 +223,88 @@ def test_matching_loss(labels, monkeypatch):
         for in_place in (gradient.clone(), gradient.transpose(1, 2).contiguous().transpose(1, 2)):
             op("_scale_gradient_")(in_place, scale, denominator, factor)
             assert torch.equal(in_place, scaled)
+
+
+GUIDED_DTYPES = {
+    "f32": (F32, F32),
+    "f64": (F64, F64),
+    "bf16": (BF16, BF16),
+    "f32_bf16": (F32, BF16),
+    "f32_f64": (F32, F64),
+}
+GUIDED_FACTORS = {
+    "dtypes": GUIDED_DTYPES, "columns": COLUMNS | {"D5000": 5000}, "h": {"h": None, "h_one": (), "h_rows": (ROWS,)},
+    "scale": {"w": None, "w_one": (), "w_rows": (ROWS,)}, "rescale": {"plain": 0.0, "rescaled": 0.7},
+}  # fmt: skip
+
+
+def has_a_std(labels):
+    return labels["rescale"] == "plain" or labels["columns"] != "D1"
+
+
+@pytest.mark.parametrize("labels", pairwise(GUIDED_FACTORS, has_a_std), ids=lambda labels: "-".join(labels.values()))
+def test_guided_euler(labels, monkeypatch):
+    """On long rows also with at most three programs to measure one: each then joins the moments of several tiles."""
+    from fmkernels.triton_kernels import guided_euler
+
+    level = {name: GUIDED_FACTORS[name][label] for name, label in labels.items()}
+    (dtype, velocity), columns = level["dtypes"], level["columns"]
+    x, c, u = torch.randn(ROWS, columns).to(dtype), *(torch.randn(2, ROWS, columns) + 3).to(velocity)
+    h, scale = (None if level[name] is None else torch.rand(level[name]) for name in ("h", "scale"))
+    arguments = (x, c, u, h, scale, -0.3, 6.5, level["rescale"])
+    run = op("guided_euler")
+    whole, *others = tilings(monkeypatch, columns, lambda: run(*arguments))
+    monkeypatch.setattr(guided_euler, "PARTS", 3)
+    others += tilings(monkeypatch, columns, lambda: run(*arguments)) if columns > 4096 else []
+    want = _registration.references["guided_euler"](*double(arguments))
+    slack = 64 * torch.finfo(F64 if F64 in level["dtypes"] else F32).eps * 20  # of terms up to 20
+    for value in (whole, *others):
+        assert (value.shape, value.dtype, value.stride()) == (x.shape, x.dtype, x.stride())
+        assert_within(value, want, slack, ulps=0.51)
+        assert level["rescale"] or torch.equal(value, whole)
+
+
+def test_a_guided_velocity_that_is_constant_is_not_rescaled():
+    x, c, u = torch.zeros(ROWS, 5000), torch.randn(ROWS, 5000), torch.full((ROWS, 5000), 0.1)
+    assert torch.equal(op("guided_euler")(x, c, u, None, None, 1.0, 0.0, 1.0), u)
+    assert torch.equal(op("guided_euler")(x, u, u, None, None, 1.0, 7.3, 0.5), u)
+
+
+ROWS_OF_STEPS = {  # what the step of a long row takes into account
+    "dtype": DTYPES, "ratio": {"computed": "computed", "given": "given"}, "components": {"real": 1, "complex": 2},
+    "segments": {"one_segment": "one_segment", "two_segments": "two_segments"},
+    "t_eval": {"none": "none", "each": "each"}, "ks": {"k2": 2, "k6": 6},
+    "rows": {"accepted": "accepted", "wild": "wild"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "labels", pairwise(ROWS_OF_STEPS, lambda labels: True), ids=lambda labels: "-".join(labels.values())
+)
+def test_runge_kutta_step_of_long_rows(labels, monkeypatch):
+    """Split over programs, of one tile each or of several: the numbers of a row in one program, and those expected."""
+    level = {name: ROWS_OF_STEPS[name][label] for name, label in labels.items()}
+    level |= {
+        "shape": ((ROWS, 3078), 1),
+        "settings": SETTINGS["pid"],
+        "tolerance": "mixed",
+        "direction": "mixed",
+        "seed": 0,
+    }
+    arguments = STEP.make(level, torch.device("cpu"))
+    whole = STEP.run(arguments)
+    check_values(STEP, arguments, whole)
+    launched = []
+    launch = runge_kutta_step.launch
+    monkeypatch.setattr(runge_kutta_step, "launch", lambda *a, **k: (launched.append(a[1]), launch(*a, **k)))
+    monkeypatch.setattr(runge_kutta_step, "LONG_ROW", 256)
+    for most in (1024, 2):
+        monkeypatch.setattr(runge_kutta_step, "MAX_PARTS", most)
+        outputs = STEP.run(arguments)
+        check_values(STEP, arguments, outputs)
+        for i in (0, 1, 3):
+            assert torch.equal(outputs[i], whole[i])
+    assert len(launched) == 4 and launched[0] > launched[2] > ROWS
 
 
 def test_absolute_value_has_the_gradient_of_its_sign():

@@ -47,7 +47,7 @@ struct Cut {
   int64_t rows, columns, rows_per_block, spans, span;
 
   Cut(int64_t rows, int64_t columns, int64_t elements) : rows(rows), columns(columns) {
-    const int64_t padded = (columns + 3) / 4 * 4;
+    const int64_t padded = std::max<int64_t>(1, (columns + 3) / 4) * 4;  // a row takes at least one group
     rows_per_block = std::max<int64_t>(1, elements / std::max<int64_t>(padded, 1));
     spans = std::max<int64_t>(1, (padded + elements - 1) / elements);
     span = spans > 1 ? elements : columns;

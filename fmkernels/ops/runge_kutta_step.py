@@ -89,7 +89,8 @@ def step_reference(
     ratio = ratio.to(torch.float64).reshape(-1).expand(B)
     finite = ratio.isfinite() & y1.isfinite().all(-1) & ks[-1].isfinite().all(-1)
     ratio = torch.where(finite, ratio, torch.inf)
-    at_min = h.abs() <= settings[MIN_STEP]
+    rounding = SNAP_ULPS * t.abs().maximum(t_next.abs())  # of t_next
+    at_min = (h.abs() - rounding <= settings[MIN_STEP]) & (settings[MIN_STEP] > 0)
     accepted = running & finite & ((ratio <= 1) | (at_min & (settings[ACCEPT_AT_MIN_STEP] > 0)))
     rejected = running & ~accepted
 
@@ -98,7 +99,7 @@ def step_reference(
     factor = torch.where(finite, factor, settings[MIN_FACTOR])
     low = torch.where(accepted & (ratio < 1), settings[ACCEPTED_FLOOR], settings[MIN_FACTOR])
     capped = torch.where(cnt[AFTER_REJECTION] > 0, settings[AFTER_REJECTION_CAP], settings[MAX_FACTOR])
-    high = torch.where(accepted, capped, torch.ones_like(capped))
+    high = torch.where(accepted, capped, settings[SAFETY].maximum(settings[MIN_FACTOR]))
     size = (h.abs() * factor.maximum(low).minimum(high)).maximum(settings[MIN_STEP]).minimum(settings[MAX_STEP])
 
     now = torch.where(accepted, t_next, t)
@@ -109,7 +110,7 @@ def step_reference(
     following = torch.where((settings[CLIP] > 0) & (left <= snap), end, following)
     attempts = cnt[ACCEPTED] + cnt[REJECTED] + 1
     stuck = (following == now) | (size <= UNDERFLOW_SPAN * (end - now).abs())
-    stuck = stuck | (rejected & at_min & (settings[MIN_STEP] > 0))
+    stuck = stuck | (rejected & (at_min | (following == t_next)))  # the step that was rejected, again
     status = torch.where(attempts >= settings[STEP_LIMIT], MAX_STEPS, RUNNING_STATUS)
     status = torch.where(stuck, torch.where(finite, UNDERFLOW, NON_FINITE), status)
     status = torch.where(done, DONE, status)

@@ -7,7 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..ops.runge_kutta_stage import rowwise, state_time_dtype
-from ..ops.runge_kutta_step import ACCEPTED, CURSOR, DONE, NON_FINITE, REJECTED, RUNNING_STATUS, STATUS, T
+from ..ops.runge_kutta_step import (
+    ACCEPTED,
+    CURSOR,
+    DONE,
+    NON_FINITE,
+    REJECTED,
+    RUNNING_STATUS,
+    STATUS,
+    T_NEXT,
+    T,
+)
 from ._continuous import BackwardSolve, ContinuousAdjoint, shared_times
 from ._gradients import Clock, Outputs, RecordedSteps, interpolate, solve_as_graph
 from ._integrator import Integrator, Record, Watch, initial_step, progress_bar, set_running
@@ -39,7 +49,7 @@ class AdaptiveSolve:
     def run(self, gradient, parameters, dense, record_steps, progress, cuda_graph) -> Solution:
         problem = self.problem
         if problem.rows == 0 or problem.y.numel() == 0:
-            return self._empty()
+            return self._empty(dense, record_steps)
         t0, t1 = problem.t0, problem.t1
         times_need = (
             t0.requires_grad or t1.requires_grad or (problem.t_eval is not None and problem.t_eval.requires_grad)
@@ -64,10 +74,13 @@ class AdaptiveSolve:
             self._start(k_first)
         integrator = self.integrator
         records: list[Record] = []
-        steps = None
+        timed = record_steps or dense
+        y, failed = problem.y, None
+        if differentiate:
+            y, k_first, failed = self._set_aside(k_first, gradient)
         if not differentiate:
             with torch.no_grad():
-                if dense or record_steps:
+                if timed:
                     self._loop(progress, lambda: records.append(integrator.recorded_step(keep_k=dense)))
                 elif cuda_graph:
                     self._loop(progress, self._captured())
@@ -80,7 +93,8 @@ class AdaptiveSolve:
                 graph = Outputs(self.plan, problem.t_eval, problem.y, self.first_outputs)
             clock = Clock(t0, t1)
             watch = self._watch(progress)
-            y = solve_as_graph(integrator, problem.y, k_first, clock, graph, watch)
+            y, repeated = solve_as_graph(integrator, y, k_first, clock, graph, watch, records if timed else None)
+            self.calls += repeated * self.plan.evaluations
             outputs = None if graph is None else graph.stacked()
         elif gradient == "recorded":
             y, outputs = RecordedSteps.apply(
@@ -90,14 +104,41 @@ class AdaptiveSolve:
             outputs = None if problem.t_eval is None else outputs
         else:
             backward = BackwardSolve(integrator, self.plan, self.settings, self.tolerances, problem.field)
+            timed_records = records if timed else None
             y, outputs = ContinuousAdjoint.apply(
-                lambda: self._run(progress), backward, problem.y, t0, t1, problem.t_eval, *parameters
+                lambda: self._run(progress, timed_records), backward, y, t0, t1, problem.t_eval, *parameters
             )
             outputs = None if problem.t_eval is None else outputs
-        if record_steps and records or dense:
-            steps = step_times(records, t0.detach())
-        dense_output = DenseOutput(problem.state, self.plan, records, integrator) if dense else None
+        if failed is not None:
+            y = torch.where(rowwise(failed, y), problem.y, y)
+            integrator.control[T] = torch.where(failed, t0.detach(), integrator.control[T])
+        steps = step_times(records, t0.detach()) if timed else None
+        reached = integrator.control[T].clone()
+        dense_output = DenseOutput(problem.state, self.plan, records, y, reached) if dense else None
         return self._solution(y, outputs, steps, dense_output)
+
+    def _set_aside(self, k_first, gradient):
+        """The start with the rows that failed at once in the place of one that runs, and which rows these are, or None.
+
+        Nothing is returned of what they do there; but f is differentiated in them too, and 0 · NaN would spoil the
+        gradients of what the rows share.
+        """
+        problem, integrator = self.problem, self.integrator
+        status = integrator.counters[STATUS]
+        failed = status == NON_FINITE
+        if not bool(failed.any()):
+            return problem.y, k_first, None
+        with torch.no_grad():
+            place = (status == RUNNING_STATUS).to(torch.int8).argmax(keepdim=True)
+            for x in (integrator.y, integrator.k_first):
+                x.copy_(torch.where(rowwise(failed, x), x[place], x))
+            for row in (T, T_NEXT):
+                integrator.control[row] = torch.where(failed, problem.t0[place], integrator.control[row])
+        y = torch.where(rowwise(failed, problem.y), integrator.y, problem.y)
+        if gradient == "autograd":
+            k_first = problem.field(integrator.control[T].to(state_time_dtype(y)), y)
+            self.calls += 1
+        return y, k_first, failed
 
     def _solution(self, y, outputs, steps=None, dense=None) -> Solution:
         counters, control = self.integrator.counters, self.integrator.control
@@ -107,13 +148,16 @@ class AdaptiveSolve:
             y, outputs, control[T].clone(), counters[STATUS], nfe, accepted, rejected, self.calls, steps, dense
         )
 
-    def _empty(self) -> Solution:
+    def _empty(self, dense: bool, record_steps: bool) -> Solution:
         problem = self.problem
         zeros = torch.zeros(problem.rows, dtype=torch.int64, device=problem.device)
         outputs = None
         if problem.t_eval is not None:
             outputs = problem.y.unsqueeze(1).repeat_interleave(problem.t_eval.shape[-1], 1)
-        return problem.solution(problem.y, outputs, problem.t1, zeros, zeros, zeros, zeros, 0)
+        t0, t1 = problem.t0.detach(), problem.t1.detach().clone()
+        steps = step_times([], t0) if dense or record_steps else None
+        dense_output = DenseOutput(problem.state, self.plan, [], problem.y, t1) if dense else None
+        return problem.solution(problem.y, outputs, t1, zeros, zeros, zeros, zeros, 0, steps, dense_output)
 
     def _start(self, k_first) -> None:
         """First steps, statuses of rows that are done or hopeless, and the outputs at the start."""
@@ -126,13 +170,15 @@ class AdaptiveSolve:
         if self.first_step is None:
             rtol, atol = (self._broadcast(x, y) for x in self.tolerances)
             h = initial_step(
-                problem.field, t0, y, k_first, direction, self.plan.tableau.error_order, rtol, atol, self._norm
-            )
+                problem.field, t0, y, k_first, direction, self.plan.tableau.error_order, rtol, atol, self._norm,
+                limit=(t1 - t0).abs(),
+            )  # fmt: skip
             self.starting_calls = self.calls = 2
         else:
             h = self.first_step.detach().expand(problem.rows)
         low, high = self.bounds
-        h = torch.minimum(h.nan_to_num(1e-6).clamp(low, high), (t1 - t0).abs())
+        moves = 16 * torch.finfo(torch.float64).eps * torch.maximum(t0.abs(), t1.abs())  # less may not change t0
+        h = torch.minimum(h.nan_to_num(1e-6).clamp(low, high).maximum(moves), (t1 - t0).abs())
         M = 0 if self.t_eval is None else self.t_eval.shape[-1]
         self.outputs = None
         if self.t_eval is not None:
@@ -149,7 +195,7 @@ class AdaptiveSolve:
         finite = (y.isfinite() & k_first.isfinite()).reshape(problem.rows, -1).all(-1)
         counters[STATUS] = torch.where(direction == 0, DONE, torch.where(finite, RUNNING_STATUS, NON_FINITE))
         still = counters[STATUS] != RUNNING_STATUS
-        integrator.control[1] = torch.where(still, t0, integrator.control[1])
+        integrator.control[T_NEXT] = torch.where(still, t0, integrator.control[T_NEXT])
         if self.t_eval is not None:
             counters[CURSOR] = reached.sum(-1)
         self.first_outputs = counters[CURSOR].clone()
@@ -198,8 +244,11 @@ class AdaptiveSolve:
         while running():
             step()
 
-    def _run(self, progress):
-        self._loop(progress, self.integrator.step)
+    def _run(self, progress, records: list[Record] | None):
+        if records is None:
+            self._loop(progress, self.integrator.step)
+        else:
+            self._loop(progress, lambda: records.append(self.integrator.recorded_step()))
         return self.integrator.y, self.outputs
 
     def _record(self, progress, records: list[Record]):
@@ -230,16 +279,14 @@ def step_times(records: Sequence[Record], t0: torch.Tensor) -> torch.Tensor:
     ends = torch.stack([t0, *(torch.where(r.accepted, r.times[1], torch.nan) for r in records)], 1)
     order = ends.isnan().to(torch.int8).sort(dim=1, stable=True).indices
     packed = ends.gather(1, order)
-    return packed[:, : int((~packed.isnan()).sum(1).max())]
+    return packed[:, : int((~packed.isnan()).any(0).sum())]
 
 
 class DenseOutput:
     """The interpolants of all steps, found by time."""
 
-    def __init__(self, state: State, plan: Plan, records: Sequence[Record], integrator: Integrator):
-        self.state, self.plan = state, plan
-        self.final, self.reached = integrator.y, integrator.control[T].clone()
-        self.records = records
+    def __init__(self, state: State, plan: Plan, records: Sequence[Record], final, reached):
+        self.state, self.plan, self.records, self.final, self.reached = state, plan, records, final, reached
 
     def __call__(self, t):
         final = self.final
@@ -247,10 +294,11 @@ class DenseOutput:
         if t.shape not in ((), (final.shape[0],)):
             raise ValueError(f"t: expected a number or shape [{final.shape[0]}], got {list(t.shape)}")
         t = t.expand(final.shape[0])
-        result = torch.where(rowwise(t == self.reached, final), final, torch.nan)
+        result = torch.full_like(final, torch.nan)
         for record in self.records:
             low, high = torch.minimum(*record.times), torch.maximum(*record.times)
             inside = record.accepted & (t >= low) & (t <= high)
             value = interpolate(self.plan, record.y, record.k, record.times, t)
             result = torch.where(rowwise(inside, final), value, result)
+        result = torch.where(rowwise(t == self.reached, final), final, result)
         return self.state.unpack(result)

@@ -104,10 +104,10 @@ class BackwardSolve:
                     pulled = (None,) * (1 + len(parameters))
             parts = [k.detach().to(compute) * rowwise(span, k).to(compute)]
             for part, x in zip(pulled, (state, *parameters), strict=True):
-                parts.append(torch.zeros_like(x, dtype=compute) if part is None else -part.to(compute))
+                parts.append(torch.zeros_like(_real(x), dtype=compute) if part is None else -_real(part).to(compute))
             return torch.cat([part.reshape(-1) for part in parts])
 
-        flat = torch.cat([x.reshape(-1).to(compute) for x in (like, adjoint, *totals)])
+        flat = torch.cat([_real(x).reshape(-1).to(compute) for x in (like, adjoint, *totals)])
         device = flat.device
         s0, s1 = (torch.tensor(s, dtype=torch.float64, device=device) for s in (start, end))
         rtol, atol = (self._tolerance(x, y, flat) for x in self.tolerances)
@@ -132,9 +132,10 @@ class BackwardSolve:
         status = integrator.counters[STATUS]
         # A failed adjoint has no gradient to give: NaN says so without a read of the device.
         flat = torch.where(status == DONE, integrator.y, torch.nan)
-        sizes = [n, n, *(p.numel() for p in parameters)]
+        sizes = [n, n, *(_real(p).numel() for p in parameters)]
         _, adjoint, *totals = flat.split(sizes)
-        totals = [x.reshape(p.shape).to(p.dtype) for x, p in zip(totals, parameters, strict=True)]
+        totals = [x.reshape(_real(p).shape).to(_real(p).dtype) for x, p in zip(totals, parameters, strict=True)]
+        totals = [torch.view_as_complex(x) if p.is_complex() else x for x, p in zip(totals, parameters, strict=True)]
         return adjoint.reshape(y.shape), totals
 
     @staticmethod
@@ -147,6 +148,10 @@ class BackwardSolve:
         wide = wide.reshape(-1)
         rest = wide.new_ones(flat.numel() - 2 * wide.numel())
         return torch.cat([wide, wide, rest]).unsqueeze(0)
+
+
+def _real(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def shared_times(problem) -> bool:

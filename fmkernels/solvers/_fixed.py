@@ -110,6 +110,8 @@ def solve_fixed(problem, tableau: Tableau, steps, step_size, gradient, parameter
         numbers, calls = (), 0
     else:
         calls = steps * (len(method.tableau.b) - method.tableau.fsal) + method.tableau.fsal
+    ran = (t0 != t1).detach()
+    everywhere = bool(ran.all())
     y, values = problem.y, None
     if calls and gradient == "recorded" and torch.is_grad_enabled():
 
@@ -130,7 +132,8 @@ def solve_fixed(problem, tableau: Tableau, steps, step_size, gradient, parameter
         clock = Grid(t0, t1)
         y, _ = _march(problem, method, clock(grid) if moving else grid, numbers, outputs, None)
         values = None if outputs is None else outputs.stacked()
-    ran = (t0 != t1).detach()
+    if not everywhere:  # what f says of a row that is at its end already, NaN perhaps, does not matter
+        y = torch.where(rowwise(ran, y), y, problem.y)
     finite = y.detach().isfinite().reshape(problem.rows, -1).all(-1) if problem.y.numel() else ran.new_ones(ran.shape)
     status = torch.where(finite, DONE, NON_FINITE)
     count = torch.where(ran, steps, 0)

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..ops.runge_kutta_stage import rowwise, state_time_dtype
-from ..ops.runge_kutta_step import ACCEPTED, CURSOR, RATIO, T_NEXT, T
+from ..ops.runge_kutta_step import ACCEPTED, CURSOR, RATIO, RUNNING_STATUS, STATUS, T_NEXT, T
 from ._integrator import Integrator, Record
 from ._plan import STAGE, Plan
 
@@ -85,13 +85,17 @@ class Outputs:
         return torch.stack(self.values, dim=self.start.dim() and 1) if self.values else self.start.new_empty(0)
 
 
-def solve_as_graph(integrator: Integrator, y, k_first, clock: Clock, outputs: Outputs | None, running: Callable):
+def solve_as_graph(
+    integrator: Integrator, y, k_first, clock: Clock, outputs: Outputs | None, running: Callable, records: list | None
+):
     """Run the loop with autograd recording it; ``integrator`` decides, on detached copies of the same numbers.
 
-    Returns the state reached. A row that is not accepted takes no part in the graph of a step: where one was not finite
-    the step is evaluated again with that row standing still, or 0 · NaN would spoil the others' gradients.
+    Returns the state reached, and how many steps were evaluated twice; ``records`` receives the steps. A row that is
+    not accepted takes no part in the graph of a step: where one was not finite the step is evaluated again with it
+    standing still, or 0 · NaN would spoil the others' gradients.
     """
     plan, field = integrator.plan, integrator.field
+    repeated = 0
     while running():
         control, counters = integrator.control, integrator.counters
         fixed_times, before = control[T : T_NEXT + 1].clone(), counters.clone()
@@ -100,21 +104,25 @@ def solve_as_graph(integrator: Integrator, y, k_first, clock: Clock, outputs: Ou
         with torch.no_grad():
             integrator.finish([k_j.detach() for k_j in k])
             accepted = counters[ACCEPTED] > before[ACCEPTED]
-            flags = torch.stack([accepted.any(), accepted.all(), control[RATIO].isinf().any()]).tolist()
+            broken = (before[STATUS] == RUNNING_STATUS) & control[RATIO].isinf()
+            flags = torch.stack([accepted.any(), accepted.all(), broken.any()]).tolist()
+            record = Record(y, fixed_times, accepted, before[CURSOR], counters[CURSOR].clone())
+        if records is not None:
+            records.append(record)
         if not flags[0]:
             continue
         if flags[2]:
             times = torch.where(accepted, times, times[0])
             y1, k = graph_step(plan, field, y, k_first, times)
+            repeated += 1
         if outputs is not None:
-            record = Record(y, times, accepted, before[CURSOR], counters[CURSOR].clone())
             outputs.step(record, y, y1, k, times)
         if flags[1]:
             y, k_first = y1, k[-1]
         else:
             y = torch.where(rowwise(accepted, y), y1, y)
             k_first = torch.where(rowwise(accepted, y), k[-1], k_first)
-    return y
+    return y, repeated
 
 
 class RecordedSteps(torch.autograd.Function):

@@ -139,16 +139,22 @@ def set_running(integrator: Integrator) -> None:
     integrator.counters.view(COUNTERS, -1)[RUNNING, 0] = (status == RUNNING_STATUS).sum()
 
 
-def initial_step(field, t0, y, k_first, direction, q: int, rtol, atol, norm) -> torch.Tensor:
+def initial_step(
+    field, t0, y, k_first, direction, q: int, rtol, atol, norm, magnitude: Callable = torch.abs, limit=None
+) -> torch.Tensor:
     """|h| of a first step by Hairer's rule (Solving ODEs I, II.4), float64 with the shape of ``t0``; calls ``field``
     once.
 
-    h₀ = 0.01 |y|/|f| (10⁻⁶ where either is small), f₁ = f(t₀ + h₀, y + h₀ f), h₁ = (0.01 / max(|f|, |f₁ −
-    f|/h₀))^(1/q), h = min(100 h₀, h₁), with every norm taken of what is divided by atol + rtol·|y|.
+    h₀ = 0.01 |y|/|f| (10⁻⁶ where either is small), f₁ = f(t₀ + h₀, y + h₀ f), h = min(100 h₀, h₁) with
+    h₁ = (0.01 / max(|f|, |f₁ − f|/h₀))^(1/q), every norm being taken of what is divided by atol + rtol·|y|, |·| being
+    ``magnitude``. With a ``limit`` on |h₀| the field is not evaluated beyond it, nor at a time that is not a number.
     """
-    scale = atol + rtol * y.abs()
-    d0, d1 = norm(y / scale), norm(k_first / scale)
+    wide = y.to(state_time_dtype(y))  # in half precision what is divided by a tolerance overflows
+    scale = atol + rtol * magnitude(wide)
+    d0, d1 = norm(wide / scale), norm(k_first / scale)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+    if limit is not None:
+        h0 = torch.minimum(h0.nan_to_num(1e-6), limit)
     times = torch.stack([t0, t0 + direction * h0.to(torch.float64)])
     h = (times[1] - times[0]).to(state_time_dtype(y))
     k = field(times[1].to(h.dtype), (y + rowwise(h, y) * k_first).to(y.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -71,7 +71,8 @@ class Problem:
         self.state = State("y0", y0, 1)
         self.rows, self.device = self.state.rows, self.state.device
         self.field = self.state.field(f)
-        self.y = self.state.pack(y0)
+        y = self.state.pack(y0)
+        self.y = y if y.requires_grad else y.detach()  # f may ask what it is given to require a gradient
         self.t0, self.t1 = self._span(t_span)
         self.t_eval = None if t_eval is None else self._outputs(t_eval)
 
@@ -120,9 +121,8 @@ class Problem:
             raise ValueError(
                 "t_eval: expected times in the order of integration, from t_span[0] to t_span[1], got others"
             )
-        outside = ((given - self.t0.detach().unsqueeze(-1)) * direction < 0) | (
-            (given - self.t1.detach().unsqueeze(-1)) * direction > 0
-        )
+        t0, t1 = self.t0.detach().unsqueeze(-1), self.t1.detach().unsqueeze(-1)
+        outside = (given < torch.minimum(t0, t1)) | (given > torch.maximum(t0, t1))
         if bool(outside.any()):
             raise ValueError(
                 f"t_eval: expected times within t_span, got {given.expand(outside.shape)[outside][0].tolist()}"
@@ -140,6 +140,10 @@ def tolerance(name: str, value, problem: Problem) -> torch.Tensor:
         return torch.full((1, 1), _checks.number(name, value, 0.0), dtype=torch.float64, device=problem.device)
     if value.requires_grad:
         raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
+    if value.is_complex():
+        raise TypeError(f"{name}: expected real tolerances, got {value.dtype}")
+    if value.device != problem.device and value.device.type != "cpu":
+        raise ValueError(f"{name}: expected device {problem.device}, that of y0, or the CPU, got {value.device}")
     if bool((~(value >= 0)).any()):
         raise ValueError(f"{name}: expected no negative tolerance, got {value.min().tolist()}")
     value = value.to(problem.device, torch.float64)
@@ -161,6 +165,8 @@ def tolerance(name: str, value, problem: Problem) -> torch.Tensor:
 
 def parameters_of(f, parameters, gradient) -> tuple[torch.Tensor, ...]:
     if parameters is not None:
+        if isinstance(parameters, torch.Tensor) or not isinstance(parameters, Iterable):
+            raise TypeError(f"parameters: expected a sequence of tensors, got {type(parameters).__name__}")
         parameters = tuple(parameters)
         for i, parameter in enumerate(parameters):
             _checks.tensor(f"parameters[{i}]", parameter)

@@ -73,22 +73,31 @@ class State:
         return tuple(part.reshape(*x.shape[:-1], *shape) for part, shape in zip(x.split(sizes, -1), self.shapes))
 
     def field(self, f: Callable) -> Callable:
-        """f(t, packed state) → packed value, checked."""
+        """f(t, packed state) → packed value, checked; a copy where f gives the same tensor again, a buffer perhaps."""
+        previous = None  # the first value is copied too, since only the second tells
         if not self.is_tuple and not self.complex:
             shape, dtype = self.shape, self.dtype
 
             def plain(t, y):
+                nonlocal previous
                 k = f(t, y)
-                if not isinstance(k, torch.Tensor) or k.shape != shape or k.dtype != dtype:
+                if previous is None or not isinstance(k, torch.Tensor) or k.shape != shape or k.dtype != dtype:
                     self.check(k)
+                    previous = k
+                    return k.clone()
+                if k is previous:
+                    return k.clone()
+                previous = k
                 return k
 
             return plain
 
         def packed(t, y):
+            nonlocal previous
             k = f(t, self.unpack(y))
             self.check(k)
-            return self.pack(k)
+            again, previous = previous is None or previous is k, k
+            return self.pack(k.clone() if again and not self.is_tuple else k)  # a tuple's parts are concatenated anyway
 
         return packed
 

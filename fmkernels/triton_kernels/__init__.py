@@ -5,7 +5,7 @@ Nothing here imports triton until a kernel is first called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 
 from .. import _registration
@@ -17,12 +17,19 @@ KERNELS = {  # op -> module and function
     "_matching_loss_forward": ("matching_loss", "matching_loss_forward"),
     "_scale_gradient": ("matching_loss", "scale_gradient"),
     "_scale_gradient_": ("matching_loss", "scale_gradient_"),
+    "guided_euler": ("guided_euler", "guided_euler"),
+    "runge_kutta_stage": ("runge_kutta_stage", "runge_kutta_stage"),
+    "_runge_kutta_step_": ("runge_kutta_step", "runge_kutta_step_"),
 }
 
 
-def register(device_type: str) -> None:
-    """Let Triton answer every op on a device type: "cuda", or "cpu" under the interpreter."""
-    for op, (module, function) in KERNELS.items():
+WITHOUT_CUDA = ("guided_euler", "runge_kutta_stage", "_runge_kutta_step_")  # on a GPU Triton alone serves these
+
+
+def register(device_type: str, ops: Iterable[str] = tuple(KERNELS)) -> None:
+    """Let Triton answer ops on a device type: "cuda", or "cpu" under the interpreter."""
+    for op in ops:
+        module, function = KERNELS[op]
         _registration.override(op, _lazily(module, function), device_type, "triton")
 
 

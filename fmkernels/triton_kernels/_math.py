@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..objectives import COMPARES, PREDICTIONS, RHOS, SIGMA_FLOOR, WEIGHTS
+from ..ops import runge_kutta_step as step_op
 from ..ops.noise import PERMUTATION_ROUNDS, STREAMS
 from ..schedules import (
     VE,
@@ -475,3 +476,109 @@ def timestep_uniform(seed, row, strata, STRATIFIED: tl.constexpr):
 def clamp(x, low, high):
     """x inside [low, high]; NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+# ---- time.h -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def nudged(t, towards):
+    """The next number from t in the direction of the sign of ``towards`` (fp64), as C's nextafter."""
+    BITS: tl.constexpr = tl.int64 if t.dtype == tl.float64 else tl.int32
+    LOWEST: tl.constexpr = -(2**63) if t.dtype == tl.float64 else -(2**31)
+    up = towards.to(tl.int64, bitcast=True) >= 0
+    bits = t.to(BITS, bitcast=True)
+    away = (bits >= 0) == up  # from zero
+    moved = tl.where(away, bits + 1, bits - 1)
+    smallest = tl.where(up, 1, LOWEST + 1)
+    moved = tl.where(t == 0.0, smallest.to(BITS), moved).to(t.dtype, bitcast=True)
+    return tl.where((tl.abs(t) < float("inf")) | ((t == t) & ~away), moved, t)  # NaN and the end of the line stay
+
+
+# ---- step_control.h -----------------------------------------------------------------------------------------------
+
+# Rows of control, of counters, and entries of settings, in the order of the op.
+T, T_NEXT, END, ERROR, OLDER_ERROR, T_PREVIOUS, RATIO = map(tl.constexpr, range(step_op.CONTROL))
+STATUS, ACCEPTED, REJECTED, CURSOR, AFTER_REJECTION, RUNNING = map(tl.constexpr, range(step_op.COUNTERS))
+(
+    SAFETY, MIN_FACTOR, MAX_FACTOR, BETA1, BETA2, BETA3, ACCEPTED_FLOOR, AFTER_REJECTION_CAP, MIN_STEP, MAX_STEP, CLIP,
+    STEP_LIMIT, ACCEPT_AT_MIN_STEP, SNAP,
+) = map(tl.constexpr, range(step_op.SETTINGS))  # fmt: skip
+RUNNING_STATUS = tl.constexpr(step_op.RUNNING_STATUS)
+DONE = tl.constexpr(step_op.DONE)
+MAX_STEPS = tl.constexpr(step_op.MAX_STEPS)
+UNDERFLOW = tl.constexpr(step_op.UNDERFLOW)
+NON_FINITE = tl.constexpr(step_op.NON_FINITE)
+SMALLEST_RATIO = tl.constexpr(step_op.SMALLEST_RATIO)
+SNAP_ULPS = tl.constexpr(step_op.SNAP_ULPS)
+UNDERFLOW_SPAN = tl.constexpr(step_op.UNDERFLOW_SPAN)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def log2_of(x):
+    """log₂ x of a positive normal number in fp64."""
+    bits = x.to(tl.int64, bitcast=True)
+    exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
+    m = (bits - (exponent << 52)).to(tl.float64, bitcast=True)
+    s = (m - 1.0) / (m + 1.0)
+    z = s * s
+    w = z * z
+    even = (0.2209130842311768 * w + 0.32059853491395984) * w + 0.5770780163455203
+    odd = (0.2136589569431927 * w + 0.262334352504183) * w + 0.4121985858409005
+    return exponent.to(tl.float64) + ((odd * w + 0.9617966939259898) * z + even * w + 2.8853900817779268) * s
+
+
+@triton.jit
+def exp2_of(x):
+    """2^x in fp64, of x clamped to ±1000."""
+    shifted = clamp(x, -1000.0, 1000.0) + 6755399441055744.0  # 1.5·2⁵², whose low bits take the nearest integer
+    f = clamp(x, -1000.0, 1000.0) - (shifted - 6755399441055744.0)
+    w = f * f
+    even = (7.074194297288521e-09 * w + 1.3215432535912375e-06) * w + 0.00015403530463724353
+    odd = (4.4558179083360645e-10 * w + 1.0178057087733941e-07) * w + 1.5252733841556773e-05
+    even = ((even * w + 0.009618129107587256) * w + 0.24022650695910158) * w + 1.0
+    odd = ((odd * w + 0.001333355814640647) * w + 0.055504108664821625) * w + 0.6931471805599453
+    exponent = shifted.to(tl.int64, bitcast=True) - 0x4338000000000000
+    return (odd * f + even) * ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def decide(settings, t, t_next, end, error, older_error, ratio, finite, attempts, after_rejection):
+    """(accepted, the ratio as powers take it, the end of the next step, status) of running rows; all times in fp64.
+
+    ``ratio`` is infinite where it is not finite.
+    """
+    h = t_next - t
+    direction = tl.where(end > t, 1.0, tl.where(end < t, -1.0, end - t))
+    min_step, min_factor = tl.load(settings + MIN_STEP), tl.load(settings + MIN_FACTOR)
+    rounding = SNAP_ULPS * tl.maximum(tl.abs(t), tl.abs(t_next))  # of t_next
+    at_min = tl.where(tl.abs(h) - rounding <= min_step, min_step, 0.0) > 0.0
+    forced = tl.where(at_min, tl.load(settings + ACCEPT_AT_MIN_STEP), 0.0) > 0.0
+    accepted = finite & ((ratio <= 1.0) | forced)
+
+    small = tl.maximum(ratio, SMALLEST_RATIO)
+    power = tl.load(settings + BETA1) * log2_of(small)
+    power += tl.load(settings + BETA2) * log2_of(error) + tl.load(settings + BETA3) * log2_of(older_error)
+    factor = tl.where(finite, tl.load(settings + SAFETY) * exp2_of(-power), min_factor)
+    low = tl.where(accepted & (ratio < 1.0), tl.load(settings + ACCEPTED_FLOOR), min_factor)
+    high = tl.where(after_rejection, tl.load(settings + AFTER_REJECTION_CAP), tl.load(settings + MAX_FACTOR))
+    high = tl.where(accepted, high, tl.maximum(tl.load(settings + SAFETY), min_factor))
+    size = tl.abs(h) * tl.minimum(tl.maximum(factor, low), high)
+    size = tl.minimum(tl.maximum(size, min_step), tl.load(settings + MAX_STEP))
+
+    now = tl.where(accepted, t_next, t)
+    following = now + direction * size
+    snap = SNAP_ULPS * tl.maximum(tl.abs(now), tl.abs(end)) + tl.load(settings + SNAP) * size
+    clipped = tl.where((end - following) * direction <= snap, tl.load(settings + CLIP), 0.0) > 0.0
+    following = tl.where(clipped, end, following)
+    stuck = (following == now) | (size <= UNDERFLOW_SPAN * tl.abs(end - now))
+    stuck = stuck | (~accepted & (at_min | (following == t_next)))  # the step that was rejected, again
+    status = tl.where(attempts.to(tl.float64) >= tl.load(settings + STEP_LIMIT), MAX_STEPS, RUNNING_STATUS)
+    status = tl.where(stuck, tl.where(finite, UNDERFLOW, NON_FINITE), status)
+    status = tl.where(accepted & ((end - now) * direction <= 0.0), DONE, status)
+    return accepted, small, following, status

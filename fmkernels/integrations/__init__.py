@@ -1,0 +1,1 @@
+"""This library under the names of others."""
