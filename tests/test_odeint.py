@@ -58,6 +58,29 @@ def test_fixed_methods(theirs, method, form, direction, options):
     assert_same(mine, other)
 
 
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("perturb", [False, True])
+@pytest.mark.parametrize("method", FIXED)
+def test_what_fixed_methods_show(theirs, method, perturb, direction):
+    """The times given to func, just inside a step's ends with ``perturb``, and what callback_step sees."""
+
+    class Watched(Oscillator):
+        def forward(self, t, y):
+            self.seen.append(("func", t, y, y))
+            return super().forward(t, y)
+
+    options = {"perturb": perturb, "step_size": 0.25}
+    (_, f), (_, g) = both(
+        theirs, lambda: Watched(callbacks=("callback_step",)), grid(direction), method=method, options=options
+    )
+    assert [x[0] for x in f.seen] == [x[0] for x in g.seen]
+    for (name, t, y, dt), (_, t_, y_, dt_) in zip(f.seen, g.seen, strict=True):
+        assert_same((t, y, dt), (t_, y_, dt_))
+        if perturb and name == "func":  # inside or not is a matter of the last bit
+            edge = abs(float(t) * 64 - round(float(t) * 64)) < 1e-9
+            assert not edge or float(t - t_) == 0
+
+
 def constructor(func, y0, t):
     assert t[0] == 0.5 or t[0] == 3.5
     func(t[0], y0)

@@ -228,6 +228,11 @@ def test_output_times_shared_by_the_rows(device):
     got = check(with_times(arguments, times, 7), device)
     assert 0 < got["counters"][CURSOR].max() <= 6
     check(with_times(arguments, torch.zeros(0, dtype=F64), 0), device)
+    for columns in (2, 40, 1100):  # NaN between times that are due
+        arguments = with_times(problem(4, columns, kinds=("accepted", "rejected")))
+        arguments["t_eval"][:, 1] = math.nan
+        got = check(arguments, device)
+        assert got["counters"][CURSOR].tolist() == [2, 0, 2, 0] and (got["solution"][:, 1] == -7).all()
 
 
 def decision(ratio=0.3, t=0.0, h=0.1, end=1.0, error=1.0, older=1.0, before=(0, 0, 0), device="cpu", **given):

@@ -214,3 +214,14 @@ def test_default_dtype_and_warnings():
         finally:
             torch.set_default_dtype(torch.float32)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "rk4", "steps": 3}, {"method": "euler", "step_size": 0.5}], ids=str)
+def test_what_f_says_of_a_row_at_its_end_does_not_matter(options):
+    starts = torch.tensor([0.0, 1.0], dtype=F64)
+    bad = torch.tensor([[False], [True]])
+    y0 = torch.ones(2, 2, dtype=F64)
+    solution = solve(lambda t, y: torch.where(bad, NAN, -y), y0, (starts, 1.0), [[0.5, 1.0], [1.0, NAN]], **options)
+    assert solution.status.tolist() == [0, 0] and torch.equal(solution.y[1, 0], y0[1])
+    end = solve(lambda t, y: torch.where(bad, NAN, -y), y0, (starts, 1.0), **options)
+    assert end.status.tolist() == [0, 0] and torch.equal(end.y[1], y0[1]) and end.y.isfinite().all()

@@ -274,7 +274,7 @@ ROWS_OF_STEPS = {  # what the step of a long row takes into account
     "dtype": DTYPES, "ratio": {"computed": "computed", "given": "given"}, "components": {"real": 1, "complex": 2},
     "segments": {"one_segment": "one_segment", "two_segments": "two_segments"},
     "t_eval": {"none": "none", "each": "each"}, "ks": {"k2": 2, "k6": 6},
-    "rows": {"accepted": "accepted", "wild": "wild"},
+    "rows": {"wild": "wild", "last": "last"},
 }  # fmt: skip
 
 
