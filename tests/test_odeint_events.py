@@ -52,6 +52,7 @@ def parts(y):
 def assert_close(a, b, tolerance=1e-8):
     for x, y in zip(a, b, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype
+        x, y = x.detach(), y.detach()
         assert (x - y).abs().max() <= tolerance * max(1.0, float(y.abs().max()))
 
 
@@ -141,6 +142,30 @@ def test_gradients(theirs, reverse, as_tuple, interface):
         grads = [torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (t, y[1, 0] + 2 * y[1, 1], y.sum())]
         results.append((t, y, *(g for group in grads for g in group)))
     assert_close(*results, 1e-6)
+
+
+@pytest.mark.parametrize("interface", ["odeint", "odeint_adjoint"])
+def test_an_event_that_depends_on_time(theirs, interface):
+    results = []
+    for library in (ours, theirs):
+        ball = Ball()
+        t0 = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+        t, y = library.odeint_event(
+            ball, ball.start(), t0, event_fn=lambda t, y: y[0] - 2 * t, rtol=1e-9, atol=1e-10,
+            odeint_interface=getattr(library, interface), options={"first_step": 0.01},
+        )  # fmt: skip
+        results.append((t, y, *torch.autograd.grad(t + y[1].sum(), [t0, *ball.parameters()])))
+    assert_close(*results, 1e-6)
+
+
+def test_only_the_first_time_of_an_adjoint_solve_to_an_event_has_a_gradient(theirs):
+    grads = []
+    for library in (ours, theirs):
+        ball, t = Ball(), span().requires_grad_()
+        _, y = library.odeint_adjoint(ball, ball.start(), t, event_fn=ground, rtol=1e-9, atol=1e-10)
+        grads.append(torch.autograd.grad(y[1].sum(), t))
+    assert grads[0][0][1] == 0 and grads[0][0][0] != 0
+    assert_close(*grads, 1e-7)
 
 
 def test_the_time_of_a_fall_and_its_derivatives():

@@ -194,6 +194,13 @@ def test_dense(theirs, direction):
             dense(outside)
 
 
+def test_dense_includes_an_end_that_a_step_ends_at():
+    f, t = Oscillator(), grid(1)
+    options = {"step_t": t[-1:]}
+    dense = ours.odeint_dense(f, f.start(), t[0], t[-1], options=options)
+    assert_same(dense(t[-1]), ours.odeint(f, f.start(), t, options=options)[-1], 1e-12)
+
+
 def test_dense_is_differentiable():
     field = Field()
     t0, t1 = torch.tensor([0.5, 1.5], dtype=torch.float64)

@@ -188,6 +188,21 @@ def test_tolerances_and_segments(shape, single, components, device):
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [1, 2, 5, 40, 1100] + [16500] * (not INTERPRETED))
+def test_a_solution_that_overflows_is_rejected(columns, dtype, device):
+    """However small its error."""
+    for segments in ([[0, columns]], [[0, 1]]):
+        arguments = problem(3, columns, dtype=dtype, kinds=("accepted",), segments=torch.tensor(segments))
+        arguments["weights"][:2] = torch.tensor([[10.0], [0.0]])
+        largest_number = torch.finfo(dtype).max
+        for x in (arguments["y"], arguments["k_first"], *arguments["k"]):
+            x[1, -1] = 0.9 * largest_number
+        got = check(arguments, device)
+        assert got["counters"][ACCEPTED].tolist() == [1, 0, 1] and got["control"][RATIO, 1] == math.inf
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_given_ratios_decide(dtype, device):
     for shape in ((9, 2), (3, 40), (2, 1100)):

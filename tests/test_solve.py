@@ -268,7 +268,8 @@ def test_step_sizes_keep_their_bounds():
     assert free.nan_to_num(0).max() > 0.2 and longest.nan_to_num(0).max() <= 0.125 * (1 + 1e-9)
     first = sizes(run(first_step=torch.tensor([0.01, 0.02], dtype=F64)))[:, 0]
     torch.testing.assert_close(first, torch.tensor([0.01, 0.02], dtype=F64), rtol=1e-12, atol=0)
-    assert run(first_step=100.0, max_step=0.1).steps[:, 1].abs().max() <= 0.1 + 1e-12
+    still = solve(lambda t, y: 0 * y, y0, spans, record_steps=True, first_step=100.0, max_step=0.1)
+    assert still.steps[:, 1].abs().max() <= 0.1 + 1e-12
     grown = sizes(run(first_step=1e-6))
     ratios = grown[:, 1:] / grown[:, :-1]
     assert ratios[:, :3].max() <= 10 * (1 + 1e-6) and ratios[0, 0] > 9  # max_factor
@@ -369,6 +370,14 @@ def test_the_first_step_far_from_zero():
         assert solution.y[0].item() == pytest.approx(exact, abs=1e-4) and solution.calls < 200
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_first_step_of_half_precision(dtype):
+    """A state over its tolerance is a number that float16 does not have."""
+    options = {"rtol": 0.0, "atol": 1e-6, "record_steps": True}
+    first = [solve(lambda t, y: torch.ones_like(y), torch.ones(1, 2, dtype=d), **options).steps for d in (dtype, F64)]
+    torch.testing.assert_close(first[0][:, 1], first[1][:, 1], rtol=0.02, atol=0)
+
+
 def test_tolerances_of_rows_and_elements():
     problem = spiral()
     y0 = problem.batch(2)
@@ -384,3 +393,13 @@ def test_tolerances_of_rows_and_elements():
     assert torch.equal(loose.y[0], one.y[0]) and loose.accepted[1] < one.accepted[1]
     careless = run(0.0, torch.tensor([[1e-7, INF]], dtype=F64))  # the second component's error does not count
     assert (careless.accepted < run(0.0, 1e-7).accepted).all()
+
+
+@pytest.mark.parametrize("end", [0.1, 0.7, torch.tensor([0.1, 0.7, 0.1], dtype=F64)], ids=["0.1", "0.7", "rows"])
+def test_float32_outputs_reach_an_end_that_float32_cannot_hold(end):
+    """torch.linspace(0, 0.1, n) ends beyond 0.1, and torch.linspace(0, 0.7, n) before 0.7."""
+    last = torch.as_tensor(end, dtype=torch.float32).expand(3)
+    t_eval = torch.stack([last / 2, last], -1) if isinstance(end, torch.Tensor) else torch.tensor([end / 2, end])
+    solution = solve(lambda t, y: -y, torch.ones(3, 1, dtype=F64), (0.0, end), t_eval, rtol=1e-8, atol=1e-8)
+    assert torch.equal(solution.t, torch.as_tensor(end, dtype=F64).expand(3))
+    torch.testing.assert_close(solution.y[:, 1, 0], torch.exp(-solution.t), rtol=1e-7, atol=0.0)

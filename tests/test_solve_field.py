@@ -60,6 +60,18 @@ def test_f_stays_within_the_span(method):
     assert (times >= torch.minimum(starts, ends)).all() and (times <= torch.maximum(starts, ends)).all()
 
 
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_the_last_time_is_the_end(method):
+    """To the bit, where t0 + (t1 - t0) is not."""
+    spans = torch.randn(200, 2, dtype=F64)
+    assert (spans[:, 0] + (spans[:, 1] - spans[:, 0]) != spans[:, 1]).any()
+    field = Counting(lambda t, y: torch.ones_like(y))
+    options = {"steps": 3} if method == "rk4" else {}
+    solution = solve(field, spans[:, :1], spans, method=method, **options)
+    assert torch.equal(field.times[-1], spans[:, 1]) and torch.equal(solution.t, spans[:, 1])
+    torch.testing.assert_close(solution.y, spans[:, 1:], rtol=0, atol=1e-14)
+
+
 class Ops(TorchDispatchMode):
     def __init__(self):
         super().__init__()

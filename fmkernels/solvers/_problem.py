@@ -107,6 +107,8 @@ class Problem:
         return ends[0], ends[1]
 
     def _outputs(self, t_eval) -> torch.Tensor:
+        narrow = isinstance(t_eval, torch.Tensor) and t_eval.is_floating_point() and t_eval.dtype != torch.float64
+        rounding = torch.finfo(t_eval.dtype).eps if narrow else 0.0
         t_eval = self._time("t_eval", t_eval)
         if t_eval.dim() not in (1, 2) or (t_eval.dim() == 2 and t_eval.shape[0] != self.rows) or not t_eval.shape[-1]:
             raise ValueError(
@@ -122,6 +124,14 @@ class Problem:
                 "t_eval: expected times in the order of integration, from t_span[0] to t_span[1], got others"
             )
         t0, t1 = self.t0.detach().unsqueeze(-1), self.t1.detach().unsqueeze(-1)
+        if narrow:  # an end that this dtype cannot hold is meant by the number nearest to it
+            snapped = given
+            for end in (t0, t1):
+                snapped = torch.where((snapped - end).abs() <= rounding * end.abs(), end, snapped)
+            if t_eval.dim() == 1 and bool(((snapped == snapped[:1]) | missing).all()):
+                snapped = snapped[0] if self.rows else given
+            t_eval = t_eval + (snapped - given)
+            given = t_eval.detach()
         outside = (given < torch.minimum(t0, t1)) | (given > torch.maximum(t0, t1))
         if bool(outside.any()):
             raise ValueError(

@@ -118,5 +118,6 @@ class EventGradient(torch.autograd.Function):
         by_t = torch.zeros_like(t) if by_t is None else by_t
         by_y = torch.zeros_like(y) if by_y is None else by_y
         rate = by_t + (by_y * k).sum()
+        rate = torch.where(rate == 0, 1e-12, rate)  # touched, not crossed: finite, as torchdiffeq has it
         total = gradient_t + (gradient_y * k).sum()
         return None, None, None, gradient_y - by_y * (total / rate).to(y.dtype)

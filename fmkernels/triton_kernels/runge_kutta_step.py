@@ -72,8 +72,8 @@ def squared_errors(
     SEGMENTS: tl.constexpr, SEGMENT_BLOCK: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Σ (e/(atol + rtol·max(|y|, |y₁|)))² over a program's columns in each segment, [R, SEGMENT_BLOCK]; NaN where y₁ is
-    not finite."""
+    """Σ (e/(atol + rtol·max(|y|, |y₁|)))² over a program's columns in each segment, [R, SEGMENT_BLOCK]; NaN where y₁ or
+    the last k is not finite."""
     sums = tl.zeros([row.shape[0], SEGMENT_BLOCK], COMPUTE)
     broken = tl.zeros([row.shape[0]], tl.int32)
     segment = tl.arange(0, SEGMENT_BLOCK)[None, :]
@@ -84,13 +84,13 @@ def squared_errors(
         present = running[:, None] & (column < columns)[None, :]
         state = tl.load(y + element, mask=present, other=0.0).to(COMPUTE)
         if HAS_RATIO:
-            y1, _ = weighted(state, k, element, present, h, weights)
+            y1, last = weighted(state, k, element, present, h, weights)
         else:
             y1, e = state, tl.zeros_like(state)
             for j in tl.static_range(len(k)):  # each k is read once
-                k_j = tl.load(k[j] + element, mask=present, other=0.0).to(COMPUTE)
-                y1 += (h * tl.load(weights + j)).to(COMPUTE)[:, None] * k_j
-                e += (h * tl.load(weights + len(k) + j)).to(COMPUTE)[:, None] * k_j
+                last = tl.load(k[j] + element, mask=present, other=0.0).to(COMPUTE)
+                y1 += (h * tl.load(weights + j)).to(COMPUTE)[:, None] * last
+                e += (h * tl.load(weights + len(k) + j)).to(COMPUTE)[:, None] * last
             number = start // COMPONENTS + tl.arange(0, BLOCK // COMPONENTS)
             inside = running[:, None] & (number < columns // COMPONENTS)[None, :]
             largest = tl.maximum(magnitudes(state, COMPONENTS), magnitudes(y1, COMPONENTS))
@@ -101,7 +101,7 @@ def squared_errors(
                 counts = (number >= tl.load(segments + 2 * s)) & (number < tl.load(segments + 2 * s + 1))
                 part = tl.sum(tl.where(inside & counts[None, :], scaled * scaled, 0.0), axis=1)
                 sums += tl.where(segment == s, part[:, None], 0.0)
-        broken += tl.sum((~is_finite(y1)).to(tl.int32), axis=1)  # as any k that is not finite makes it
+        broken += tl.sum((~(is_finite(y1) & is_finite(last))).to(tl.int32), axis=1)
     return tl.where((broken > 0)[:, None], float("nan"), sums)
 
 
