@@ -301,7 +301,7 @@ def test_decisions_by_hand(device):
     after(non_finite, ratio=math.nan, min_factor=1)
     after(running, 0.11, max_step=0.11, ratio=0.1)
     after(running, 0.2, min_step=0.2, ratio=0.5)
-    assert after(ratio=0.0)[0][ERROR] == 1e-10
+    assert after(ratio=0.0)[0][ERROR] == 2.0**-33
     assert after(ratio=0.3, error=0.6, older=0.7)[0][ERROR:T_PREVIOUS] == [0.3, 0.6]
     # not finite: smallest factor, history forgotten
     for ratio in (math.inf, math.nan, -math.inf):

@@ -41,7 +41,7 @@ struct StepSettings {
 };
 static_assert(sizeof(StepSettings) == SETTINGS * sizeof(double));
 
-constexpr double SMALLEST_RATIO = 1e-10;  // an error of zero counts as this one in powers
+constexpr double SMALLEST_RATIO = 0x1p-33;  // an error of zero counts as this one in powers
 constexpr double SNAP_ULPS = 16 * 0x1p-52;
 constexpr double UNDERFLOW_SPAN = 0x1p-100;
 constexpr double INFINITE = __builtin_huge_val();

@@ -33,7 +33,7 @@ RUNNING_STATUS, DONE, MAX_STEPS, UNDERFLOW, NON_FINITE = -1, 0, 1, 2, 3
 ) = range(14)
 SETTINGS = 14
 
-SMALLEST_RATIO = 1e-10  # an error of zero counts as this one in powers
+SMALLEST_RATIO = 2.0**-33  # an error of zero counts as this one in powers; float32 holds it
 SNAP_ULPS = 16 * 2.0**-52
 UNDERFLOW_SPAN = 2.0**-100
 

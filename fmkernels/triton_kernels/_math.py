@@ -556,7 +556,7 @@ def decide(settings, t, t_next, end, error, older_error, ratio, finite, attempts
     h = t_next - t
     direction = tl.where(end > t, 1.0, tl.where(end < t, -1.0, end - t))
     min_step, min_factor = tl.load(settings + MIN_STEP), tl.load(settings + MIN_FACTOR)
-    rounding = SNAP_ULPS * tl.maximum(tl.abs(t), tl.abs(t_next))  # of t_next
+    rounding = tl.maximum(tl.abs(t), tl.abs(t_next)) * SNAP_ULPS  # of t_next
     at_min = tl.where(tl.abs(h) - rounding <= min_step, min_step, 0.0) > 0.0
     forced = tl.where(at_min, tl.load(settings + ACCEPT_AT_MIN_STEP), 0.0) > 0.0
     accepted = finite & ((ratio <= 1.0) | forced)
@@ -573,10 +573,10 @@ def decide(settings, t, t_next, end, error, older_error, ratio, finite, attempts
 
     now = tl.where(accepted, t_next, t)
     following = now + direction * size
-    snap = SNAP_ULPS * tl.maximum(tl.abs(now), tl.abs(end)) + tl.load(settings + SNAP) * size
+    snap = tl.maximum(tl.abs(now), tl.abs(end)) * SNAP_ULPS + tl.load(settings + SNAP) * size
     clipped = tl.where((end - following) * direction <= snap, tl.load(settings + CLIP), 0.0) > 0.0
     following = tl.where(clipped, end, following)
-    stuck = (following == now) | (size <= UNDERFLOW_SPAN * tl.abs(end - now))
+    stuck = (following == now) | (size <= tl.abs(end - now) * UNDERFLOW_SPAN)
     stuck = stuck | (~accepted & (at_min | (following == t_next)))  # the step that was rejected, again
     status = tl.where(attempts.to(tl.float64) >= tl.load(settings + STEP_LIMIT), MAX_STEPS, RUNNING_STATUS)
     status = tl.where(stuck, tl.where(finite, UNDERFLOW, NON_FINITE), status)
