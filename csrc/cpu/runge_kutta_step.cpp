@@ -245,6 +245,14 @@ int64_t dense_output(const Step& s, Work<C>& w, int64_t row, const C* y, const C
       w.error[j] = C(h * polynomial);
     }
     C* out = direct ? static_cast<C*>(s.solution) + target : w.out;
+    if (direct && count < NARROW) {  // calls and loops over tiles take longer than these few numbers
+      for (int64_t c = 0; c < count; ++c) {
+        C x = y[at + c];
+        for (int64_t j = 0; j < s.k.count; ++j) x += w.error[j] * static_cast<const C*>(s.k.k[j])[offset + at + c];
+        out[c] = x;
+      }
+      continue;
+    }
     weighted_sums<C>(out, nullptr, y + at, w.error, nullptr, s.k, offset + at, count);
     if (!direct) store(s.solution, s.k.type, target, w.out, count);
   }
