@@ -16,8 +16,6 @@ from ..ops.runge_kutta_step import (
     COUNTERS,
     CURSOR,
     END,
-    ERROR,
-    OLDER_ERROR,
     RUNNING,
     RUNNING_STATUS,
     STATUS,
@@ -94,9 +92,6 @@ class Integrator:
         self.finish(k)
         accepted = self.counters[ACCEPTED] > before[ACCEPTED]
         return Record(y, times, accepted, before[CURSOR], self.counters[CURSOR].clone(), kept)
-
-    def clear_history(self) -> None:
-        self.control[ERROR] = self.control[OLDER_ERROR] = 1.0
 
 
 class Watch:
