@@ -52,20 +52,23 @@ FMK_INLINE void norm_rows(C* squares, Bits<C>* largest, C* y1, const C* e, const
   });
 }
 
-// The same of one row with the last terms of y₁ and e: the error never leaves the registers.
-template <class C>
-FMK_INLINE void norm_row(C& squares, Bits<C>& largest, C* y1, const C* start, const C* start2, const C* y,
-                         const C* const* k, const C* a, const C* b, C rtol, C atol, int64_t terms, int64_t count) {
+// The same of one row with the last terms of y₁ and e: the error never leaves the registers. y and k may be in half
+// precision; `start` and `start2` where all terms are the last ones are y and zero.
+template <bool ALL, class C, class T>
+FMK_INLINE void norm_row(C& squares, Bits<C>& largest, C* y1, const C* start, const C* start2, const T* y,
+                         const T* const* k, const C* a, const C* b, C rtol, C atol, int64_t terms, int64_t count) {
   with_terms(terms, [&]<int M>() __attribute__((always_inline)) {
     [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
-      const C *const p[] = {k[J]...}, wa[] = {a[J]...}, wb[] = {b[J]...};
+      const T* const p[] = {k[J]...};
+      const C wa[] = {a[J]...}, wb[] = {b[J]...};
       C sum = 0;
       Bits<C> most = 0;
 #pragma omp simd reduction(+ : sum) reduction(max : most)
       for (int64_t i = 0; i < count; ++i) {
-        C x = start[i], z = start2[i];
-        ((x += wa[J] * p[J][i], z += wb[J] * p[J][i]), ...);
-        add_element(sum, most, y[i], x, z, rtol, atol);
+        const C from = C(to_float(y[i]));
+        C x = ALL ? from : start[i], z = ALL ? C(0) : start2[i];
+        ((x += wa[J] * C(to_float(p[J][i])), z += wb[J] * C(to_float(p[J][i]))), ...);
+        add_element(sum, most, from, x, z, rtol, atol);
         y1[i] = x;
       }
       squares = sum, largest = most;

@@ -11,6 +11,8 @@ constexpr int64_t MAX_TERMS = 64;
 // multiplied by h. It does not matter how many rows there are: a row alone must equal the row in its batch.
 constexpr int64_t NARROW = 32;
 
+constexpr int64_t GROUP = 7;  // terms added at once: their pointers stay in registers
+
 // A contiguous tensor's memory; where a copy is needed it lives as long as this object.
 class Contiguous {
  public:
@@ -34,6 +36,10 @@ struct Terms {
     FMK_CHECK(tensor.scalar_type() == type && tensor.numel() == elements, "y and k differ in dtype or size");
     k[count++] = contiguous(tensor);
   }
+  // Whether all terms are added in one loop that converts from half precision.
+  bool in_half() const {
+    return (type == ScalarType::BFloat16 || type == ScalarType::Half) && count > 0 && count <= GROUP;
+  }
 };
 
 // Calls f(row, element) for each element of rows: unrolled and vectorised over rows where the number of columns is a
@@ -54,7 +60,6 @@ FMK_INLINE void for_elements(int64_t rows, int64_t columns, F&& f) {
   }
 }
 
-constexpr int64_t GROUP = 7;  // terms added at once: their pointers stay in registers
 template <class C>
 alignas(64) inline constexpr C ZEROS[TILE] = {};
 
@@ -96,6 +101,29 @@ void add_terms(float* first, float* second, const float* start, const float* sta
                const float* a, const float* b, int64_t terms, int64_t count);
 void add_terms(double* first, double* second, const double* start, const double* start2, const double* const* k,
                const double* a, const double* b, int64_t terms, int64_t count);
+
+// The first in half precision.
+void add_terms(bf16* out, const bf16* start, const bf16* const* k, const float* a, int64_t terms, int64_t count);
+void add_terms(f16* out, const f16* start, const f16* const* k, const float* a, int64_t terms, int64_t count);
+
+// Calls f(elements, k) with the elements of x and of the terms from `offset` on, in their type of half precision.
+template <class F>
+void with_half(const Terms& terms, const void* x, int64_t offset, F&& f) {
+  const auto call = [&]<class T>(T) {
+    const T* k[GROUP];
+    for (int64_t j = 0; j < terms.count; ++j) k[j] = static_cast<const T*>(terms.k[j]) + offset;
+    f(static_cast<const T*>(x) + offset, static_cast<const T* const*>(k));
+  };
+  terms.type == ScalarType::BFloat16 ? call(bf16{}) : call(f16{});
+}
+
+// out = start + Σ a_j k_j of `count` elements from `offset` on, all in half precision.
+inline void add_in_half(void* out, const void* start, const float* a, const Terms& terms, int64_t offset,
+                        int64_t count) {
+  with_half(terms, start, offset, [&]<class T>(const T* from, const T* const* k) {
+    add_terms(static_cast<T*>(out) + offset, from, k, a, terms.count, count);
+  });
+}
 
 // Over `count` ≤ TILE elements from `offset` on: first = start + Σ a_j k_j, and second = Σ b_j k_j where it is not
 // null, of any number of terms.

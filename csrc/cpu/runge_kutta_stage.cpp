@@ -33,6 +33,24 @@ FMK_INLINE void add_any(C* first, C* second, const C* start, const C* start2, co
   });
 }
 
+// out = start + Σ a_j k_j in storage of half precision, converted in the loop: passes of their own would take as long
+// again.
+template <class T>
+FMK_INLINE void add_half(T* out, const T* start, const T* const* k, const float* a, int64_t terms, int64_t count) {
+  with_terms(terms, [&]<int M>() __attribute__((always_inline)) {
+    [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+      const T* const p[] = {k[J]...};
+      const float wa[] = {a[J]...};
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        float x = to_float(start[i]);
+        ((x += wa[J] * to_float(p[J][i])), ...);
+        out[i] = from_float<T>(x);
+      }
+    }(std::make_integer_sequence<int, M>());
+  });
+}
+
 // start + h x with the row's h
 template <class C>
 FMK_INLINE void scale_rows(C* out, const C* start, const C* x, const C* h, int64_t rows, int64_t columns) {
@@ -75,6 +93,15 @@ FMK_ADD(float)
 FMK_ADD(double)
 #undef FMK_ADD
 
+FMK_CLONES void add_terms(bf16* out, const bf16* start, const bf16* const* k, const float* a, int64_t terms,
+                          int64_t count) {
+  add_half(out, start, k, a, terms, count);
+}
+FMK_CLONES void add_terms(f16* out, const f16* start, const f16* const* k, const float* a, int64_t terms,
+                          int64_t count) {
+  add_half(out, start, k, a, terms, count);
+}
+
 namespace {
 
 struct Stage {
@@ -91,6 +118,7 @@ void run(const Stage& s, const Terms& terms) {
   const Cut cut(s.rows, s.columns, TASK);
   const double node = s.coefficients[0], *weights = s.coefficients + 1;
   const bool direct = terms.type == scalar_type_of<C>, together = s.narrow;
+  const bool in_half = !together && terms.in_half();
   parallel_for(0, cut.blocks(), 1, [&](int64_t begin, int64_t end) {
     alignas(64) C sums[TILE], state[TILE], h[MAX_ROWS], t[MAX_ROWS];
     C a[MAX_TERMS];
@@ -108,6 +136,16 @@ void run(const Stage& s, const Terms& terms) {
         }
         const int64_t offset = tile.row * s.columns + tile.column, elements = tile.rows * tile.count;
         if (elements == 0) return;
+        if constexpr (std::is_same_v<C, float>) {
+          if (in_half) {
+            for (int64_t r = 0; r < tile.rows; ++r) {
+              const double step = t1[r] - t0[r];
+              for (int64_t j = 0; j < terms.count; ++j) a[j] = float(step * weights[j]);
+              add_in_half(s.out, s.y, a, terms, offset + r * tile.count, tile.count);
+            }
+            return;
+          }
+        }
         const C* y = staged(s.y, terms.type, offset, elements, state);
         C* out = direct ? static_cast<C*>(s.out) + offset : sums;
         if (together) {

@@ -94,7 +94,7 @@ FMK_CLONES void decisions(const StepSettings& s, double* control, int32_t* count
   }                                                                                                                   \
   FMK_CLONES void norm(C& squares, Bits<C>& largest, C* y1, const C* start, const C* start2, const C* y,              \
                        const C* const* k, const C* a, const C* b, C rtol, C atol, int64_t terms, int64_t count) {     \
-    norm_row(squares, largest, y1, start, start2, y, k, a, b, rtol, atol, terms, count);                              \
+    norm_row<false>(squares, largest, y1, start, start2, y, k, a, b, rtol, atol, terms, count);                       \
   }                                                                                                                   \
   FMK_CLONES Bits<C> magnitude(const C* y1, int64_t count) { return magnitude_of(y1, count); }                        \
   FMK_CLONES void squares(C* e, const C* y, const C* y1, const double* rtol, const double* atol, int64_t rtol_step,   \
@@ -108,6 +108,15 @@ FMK_CLONES void decisions(const StepSettings& s, double* control, int32_t* count
 FMK_LOOPS(float)
 FMK_LOOPS(double)
 #undef FMK_LOOPS
+
+#define FMK_NORM(T)                                                                                                \
+  FMK_CLONES void norm(float& squares, int32_t& largest, float* y1, const T* y, const T* const* k, const float* a, \
+                       const float* b, float rtol, float atol, int64_t terms, int64_t count) {                     \
+    norm_row<true, float, T>(squares, largest, y1, nullptr, nullptr, y, k, a, b, rtol, atol, terms, count);        \
+  }
+FMK_NORM(bf16)
+FMK_NORM(f16)
+#undef FMK_NORM
 
 // A [1 or B, 1 or D] tensor.
 struct Tolerance {
@@ -193,6 +202,15 @@ bool solve(const Step& s, Work<C>& w, double* sums, int64_t row, const C* y, int
     return sum_segments(s, w, sums, row, y, at, column, count);
   }
   const C rtol = C(*s.rtol.at(row, 0)), atol = C(*s.atol.at(row, 0)), *from = y + at, *from2 = ZEROS<C>;
+  if constexpr (std::is_same_v<C, float>) {
+    if (s.k.in_half()) {
+      with_half(s.k, s.y, offset, [&]<class T>(const T* y, const T* const* k) {
+        norm(w.squares[0], w.largest[0], y1, y, k, w.b, w.error, rtol, atol, s.k.count, count);
+      });
+      sums[0] = double(w.squares[0]);
+      return w.largest[0] < INFINITE_BITS<C>;
+    }
+  }
   for_groups<C>(s.k, offset, count, [&](const C* const* k, int64_t done, int64_t group) {
     if (done + group < s.k.count) {
       add_terms(y1, e, from, from2, k, w.b + done, w.error + done, group, count);
@@ -259,13 +277,18 @@ int64_t dense_output(const Step& s, Work<C>& w, int64_t row, const C* y, const C
   return due;
 }
 
+// Overwrites a part of k_first by the last k.
+void keep_last(const Step& s, int64_t offset, int64_t count) {
+  const int64_t size = s.k.type == ScalarType::Double ? 8 : s.k.type == ScalarType::Float ? 4 : 2;
+  std::memcpy(static_cast<char*>(s.k_first) + offset * size,
+              static_cast<const char*>(s.k.k[s.k.count - 1]) + offset * size, size_t(count * size));
+}
+
 // Overwrites a part of an accepted row by the solution and k_first by the last k.
 template <class C>
 void commit(const Step& s, const C* y1, int64_t offset, int64_t count) {
   store(s.y, s.k.type, offset, y1, count);
-  const int64_t size = s.k.type == ScalarType::Double ? 8 : s.k.type == ScalarType::Float ? 4 : 2;
-  std::memcpy(static_cast<char*>(s.k_first) + offset * size,
-              static_cast<const char*>(s.k.k[s.k.count - 1]) + offset * size, size_t(count * size));
+  keep_last(s, offset, count);
 }
 
 // Decides rows [row, row + count) from w.ratio and w.finite, into w.accepted.
@@ -331,7 +354,9 @@ void step_tile(const Step& s, Work<C>& w, const Block& tile) {
 // Sums of squares of a tile of a long row, one a segment, and after them whether its solution is finite.
 template <class C>
 void measure(const Step& s, Work<C>& w, double* sums, int64_t row, int64_t column, int64_t count) {
-  sums[s.parts] = solve(s, w, sums, row, state_of(s, w, row * s.columns + column, count), 0, column, count);
+  const bool staged = !(s.simple_norm && s.k.in_half());
+  const C* y = staged ? state_of(s, w, row * s.columns + column, count) : w.state;
+  sums[s.parts] = solve(s, w, sums, row, y, 0, column, count);
 }
 
 // The decision on a long row; sums: those of its tiles, one after the other.
@@ -353,8 +378,15 @@ bool finish(const Step& s, Work<C>& w, const double* sums, int64_t row, int64_t 
 template <class C>
 int64_t recommit(const Step& s, Work<C>& w, int64_t row, int64_t column, int64_t count) {
   const int64_t offset = row * s.columns + column;
-  const C* y = state_of(s, w, offset, count);
   row_weights(w.b, s, 0, s.control[row] - s.control[CONTROL_T_PREVIOUS * s.rows + row]);
+  if constexpr (std::is_same_v<C, float>) {
+    if (!s.t_eval && s.k.in_half()) {
+      add_in_half(s.y, s.y, w.b, s.k, offset, count);
+      keep_last(s, offset, count);
+      return 0;
+    }
+  }
+  const C* y = state_of(s, w, offset, count);
   weighted_sums<C>(w.y1, nullptr, y, w.b, nullptr, s.k, offset, count);
   const int64_t due = s.t_eval ? dense_output(s, w, row, y, w.y1, 0, offset, column, count) : 0;
   commit(s, w.y1, offset, count);
