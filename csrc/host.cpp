@@ -6,6 +6,7 @@
 #include "math/half.h"
 #include "math/normal.h"
 #include "math/objective.h"
+#include "math/probe.h"
 #include "math/rho.h"
 #include "math/timestep.h"
 
@@ -60,6 +61,8 @@ void define(py::module_& m, const std::string& bits) {
   m.def(("log_uniform" + bits).c_str(), py::vectorize([](int32_t w) { return fmk::log_uniform(w, T(0)); }));
   m.def(("sin_pi" + bits).c_str(), py::vectorize([](T x) { return fmk::sin_pi(x); }));
   m.def(("cos_pi" + bits).c_str(), py::vectorize([](T x) { return fmk::cos_pi(x); }));
+  m.def(("with_sign" + bits).c_str(),
+        py::vectorize([](T x, uint32_t word, int lane) { return fmk::with_sign(x, word, lane); }));
   m.def(("rho" + bits).c_str(), py::vectorize([](int kind, T k, T r) { return fmk::rho(kind, k, r); }));
   m.def(("d_rho" + bits).c_str(), py::vectorize([](int kind, T k, T r) { return fmk::d_rho(kind, k, r); }));
 }
@@ -78,6 +81,8 @@ PYBIND11_MODULE(_host, m) {
     });
   });
   m.def("permute", py::vectorize([](uint64_t seed, uint32_t n, uint32_t x) { return fmk::permute(seed, n, x); }));
+  m.def("parity", py::vectorize([](uint32_t x) { return fmk::parity(x); }));
+  m.def("hadamard_word", py::vectorize([](uint32_t c, uint32_t word) { return fmk::hadamard_word(c, word); }));
   m.def("inverse_normal_cdf", py::vectorize([](double u) { return fmk::inverse_normal_cdf(u); }));
   m.def("timestep", py::vectorize([](int sampler, double q0, double q1, double shift, double u) {
           return fmk::timestep_inverse_cdf(sampler, q0, q1, shift, u);
@@ -94,6 +99,7 @@ PYBIND11_MODULE(_host, m) {
   FMK_CODE(SCHEDULE_COND_OT), FMK_CODE(SCHEDULE_VP), FMK_CODE(SCHEDULE_VE), FMK_CODE(SCHEDULE_COSINE);
   FMK_CODE(SCHEDULE_LINEAR_VP), FMK_CODE(SCHEDULE_SUB_VP), FMK_CODE(SCHEDULE_POLYNOMIAL);
   FMK_CODE(SCHEDULE_CONSTANT_NOISE), FMK_CODE(SCHEDULE_SCHRODINGER_BRIDGE), FMK_CODE(SCHEDULE_CUSTOM);
+  FMK_CODE(PROBE_RADEMACHER), FMK_CODE(PROBE_NORMAL), FMK_CODE(PROBE_HADAMARD);
   FMK_CODE(TIMESTEP_UNIFORM), FMK_CODE(TIMESTEP_LOGIT_NORMAL), FMK_CODE(TIMESTEP_MODE), FMK_CODE(TIMESTEP_COS_MAP);
   FMK_CODE(TIMESTEP_BETA), FMK_CODE(PREDICT_VELOCITY), FMK_CODE(PREDICT_NOISE), FMK_CODE(PREDICT_DATA);
   FMK_CODE(PREDICT_SCORE), FMK_CODE(PREDICT_EDM), FMK_CODE(COMPARE_NATIVE), FMK_CODE(COMPARE_VELOCITY);

@@ -2,7 +2,7 @@
 
 A new op joins the tests by an :class:`Op` in ``OPS``. Its samples are the arguments with which the public function
 reaches ``torch.ops.fmkernels.<name>``: one for every combination of a pairwise cover of its factors. Those of the
-solvers are in :mod:`contract_ode`.
+solvers are in :mod:`contract_ode`, the probes in :mod:`contract_probe`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
+import contract_marginal
 import contract_ode
+import contract_probe
 import torch
 from contract_op import (
     BF16,
@@ -21,6 +23,7 @@ from contract_op import (
     F64,
     FIRST_ROWS,
     INTERPRETED,
+    NORMAL_ERROR,
     SHAPES,
     ULPS,
     Data,
@@ -41,9 +44,6 @@ from fmkernels.ops.matching_loss import MEAN, NONE, SUM
 from fmkernels.ops.noise import DISTRIBUTIONS, STREAMS, noise_reference, timestep_uniform
 from fmkernels.ops.sample_path import _rebuild_sampler, _rebuild_schedule, draw_times
 from fmkernels.schedules import Coefficients
-
-NORMAL_ERROR = {F32: 4e-6, F64: 2e-14}  # absolute, of a normal computed in that precision
-
 
 # ---- noise ------------------------------------------------------------------------------------------------------
 
@@ -533,7 +533,10 @@ SCALE = Op("_scale_gradient", SCALE_FACTORS, make_scale, scale_oracle)
 SCALE_INPLACE = Op("_scale_gradient_", SCALE_FACTORS, make_scale, scale_oracle, mutates=(0,))
 
 
-OPS = (NOISE, SAMPLE_PATH, FORWARD, MATCHING_LOSS, SCALE, SCALE_INPLACE, *contract_ode.OPS)
+OPS = (
+    NOISE, SAMPLE_PATH, FORWARD, MATCHING_LOSS, SCALE, SCALE_INPLACE, *contract_ode.OPS, *contract_probe.OPS,
+    *contract_marginal.OPS,
+)  # fmt: skip
 
 
 def cases() -> Iterator[tuple[Op, dict[str, str], str]]:

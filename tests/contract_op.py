@@ -17,6 +17,7 @@ from fmkernels import _registration
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}
+NORMAL_ERROR = {F32: 4e-6, F64: 2e-14}  # absolute, of a normal computed in that precision
 ULPS = 8  # "a few": roundings that a kernel may order otherwise than the reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
@@ -55,6 +56,7 @@ class Op:
         functions: device -> what can be differentiated; nothing by default.
         reference: (arguments, outputs) -> the reference's outputs, where it is more than a call of it.
         part: (arguments, row) -> arguments of that row of dimension 0 alone, whose outputs must be the whole's row.
+        row_dim: the dimension of the outputs that numbers the rows.
         sum_ulps: how far that may be off where a sum's order follows the launch; draws must be equal to the bit.
         mutates: positions of the arguments that the op overwrites and which stand for its outputs, None left out.
         paired: positions of arguments whose rows make sense only with those of what is overwritten.
@@ -68,6 +70,7 @@ class Op:
     functions: Callable[[torch.device], list[Function]] = lambda device: []
     reference: Callable[[tuple, tuple], tuple] | None = None
     part: Callable[[tuple, int], tuple] | None = None
+    row_dim: int = 0
     sum_ulps: int = 0
     mutates: tuple[int, ...] = ()
     paired: tuple[int, ...] = ()

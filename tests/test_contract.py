@@ -5,8 +5,9 @@ import os
 
 import pytest
 import torch
-from contract import NOISE, NORMAL_ERROR, OPS, cases
-from contract_op import DEVICES, DTYPES, INTERPRETED, eps
+from contract import NOISE, OPS, cases
+from contract_op import DEVICES, DTYPES, INTERPRETED, NORMAL_ERROR, eps
+from contract_probe import PROBE
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -209,8 +210,8 @@ def test_a_row_alone_equals_the_row_in_its_batch(op, device):
         for row in {0, rows // 2, rows - 1}:
             alone = op.run(op.part(arguments, row))
             for output, one in zip(whole, alone, strict=True):
-                if output.shape[:1] == (rows,):
-                    assert_equal_but_for_sums(output[row : row + 1], one, op.sum_ulps)
+                if output.shape[op.row_dim : op.row_dim + 1] == (rows,):
+                    assert_equal_but_for_sums(output.narrow(op.row_dim, row, 1), one, op.sum_ulps)
 
 
 @pytest.mark.large
@@ -230,17 +231,18 @@ def test_more_than_2_to_31_elements(op, device):
     levels = op.levels(labels, shape=((3, 5), dims))
     levels |= {"dtype": torch.bfloat16, "dtypes": (torch.bfloat16, torch.bfloat16, torch.float32)}
     levels |= {"first_row": 0, "mask": "no_mask", "gradient": True, "source": "drawn", "store": False}
+    levels |= {"distribution": "normal", "probes": 1}
     levels |= {"ks": 2, "segments": "leading", "tolerance": "scalar", "components": 1, "t_eval": "none"}
     arguments = op.make(levels, device)
-    if op is NOISE:  # no tensor to repeat
+    if op in (NOISE, PROBE):  # no tensor to repeat
         arguments = op.make({**levels, "shape": (shape, dims)}, device)
     else:
-        wide = lambda a: a[:, :1].repeat(1, shape[1]) if a.shape == (3, 5) else a  # noqa: E731
+        wide = lambda a: a[..., :1].repeat_interleave(shape[1], -1) if a.shape[-2:] == (3, 5) else a  # noqa: E731
         arguments = tree_map_only(torch.Tensor, wide, arguments)
     whole, alone = op.run(arguments), op.run(op.part(arguments, 2))
     for output, one in zip(whole, alone, strict=True):
-        if output.shape[:1] == (3,):
-            assert_equal_but_for_sums(output[2:], one, op.sum_ulps)
+        if output.shape[op.row_dim : op.row_dim + 1] == (3,):
+            assert_equal_but_for_sums(output.narrow(op.row_dim, 2, 1), one, op.sum_ulps)
 
 
 SHAPE = st.lists(st.integers(0, 9), max_size=4).flatmap(

@@ -9,6 +9,7 @@ import torch
 import fmkernels as fmk
 from fmkernels import objectives
 from fmkernels.ops.noise import STREAMS, hash32, log_uniform, normal_pair, permute, philox
+from fmkernels.ops.probe import PROBES, hadamard_order, parity
 
 host = pytest.importorskip(
     "fmkernels._host", reason="csrc/math is evaluated by the compiled module _host, not built here"
@@ -56,6 +57,7 @@ def test_codes_of_python_and_csrc_agree():
     codes = {**{name: schedule.code for name, schedule in SCHEDULES.items()}, "SCHEDULE_CUSTOM": fmk.Custom(abs).code}
     codes |= {name: sampler.code for name, sampler in SAMPLERS.items()}
     codes |= {f"STREAM_{name.upper()}": code for name, code in STREAMS.items()}
+    codes |= {f"PROBE_{name.upper()}": code for name, code in PROBES.items()}
     codes |= {f"PREDICT_{name.upper()}": code for name, code in objectives.PREDICTIONS.items()}
     codes |= {f"COMPARE_{name.upper()}": code for name, code in objectives.COMPARES.items()}
     codes |= {f"WEIGHT_{name.upper().replace('COSMAP', 'COS_MAP')}": c for name, c in objectives.WEIGHTS.items()}
@@ -298,3 +300,20 @@ def test_half_precision_conversions_are_exact(kind, dtype):
     expected = torch.from_numpy(floats).to(dtype).view(torch.int16).numpy().view(np.uint16)
     assert (getattr(host, f"{kind}_bits")(floats) == expected).all()
     assert np.isnan(getattr(host, f"{kind}_value")(getattr(host, f"{kind}_bits")(np.float32([np.nan])))).all()
+
+
+def test_signs_of_probes():
+    """Parity and the words of a Hadamard matrix against bits counted one by one; a sign is a bit of its word."""
+    x = torch.randint(2**32, (500,))
+    assert (host.parity(x.numpy().astype(np.uint32)) == parity(x).numpy()).all()
+    assert parity(x).tolist() == [int(value).bit_count() % 2 for value in x]
+    for column, word in ((0, 0), (21, 0), (31, 1), (2**30 - 1, 2**25 - 1), (2**29 + 12345, 77777)):
+        bits = [((32 * word + lane) & column).bit_count() % 2 for lane in range(32)]
+        assert host.hadamard_word(column, word) == sum(bit << lane for lane, bit in enumerate(bits))
+        for one in (host.with_sign32, host.with_sign64):
+            signs = one(2.5, host.hadamard_word(column, word), np.arange(32, dtype=np.int32))
+            assert signs.tolist() == [2.5 - 5.0 * bit for bit in bits]
+
+
+def test_the_order_of_a_hadamard_matrix():
+    assert [hadamard_order(n) for n in (0, 1, 2, 3, 4, 5, 12288, 2**30)] == [1, 1, 2, 4, 4, 8, 16384, 2**30]

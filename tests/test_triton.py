@@ -160,6 +160,18 @@ def guided(dtype, velocity=None, rescale=0.0, per_row=False):
     guided_euler(empty(ROWS, COLUMNS, dtype=dtype), velocity, velocity, coefficient, coefficient, -0.1, 7.5, rescale)
 
 
+def probe(dtype, distribution=0, rows=ROWS, columns=COLUMNS):
+    from fmkernels.triton_kernels.probe import probe
+
+    probe(KEY, rows, columns, distribution, 4, 0, 0, dtype)
+
+
+def probe_dot(dtype, distribution=0, rows=ROWS, columns=COLUMNS):
+    from fmkernels.triton_kernels.probe_dot import probe_dot
+
+    probe_dot(KEY, empty(4, rows, columns, dtype=dtype), distribution, 0, 0)
+
+
 def stage(dtype, terms=6, rows=ROWS, columns=COLUMNS, nudge=0):
     from fmkernels.triton_kernels.runge_kutta_stage import runge_kutta_stage
 
@@ -182,6 +194,17 @@ def step(dtype, columns, terms=6, rows=ROWS, outputs=0, components=1, by_element
     )  # fmt: skip
 
 
+def marginal(dtype, columns=COLUMNS, weighted=False):
+    from fmkernels.triton_kernels.marginal_field import marginal_field
+
+    numbers = (empty(n, dtype=torch.float64) for n in (ROWS, ROWS, 5000))
+    alpha, sigma, log_weights = numbers
+    data = empty(5000, columns, dtype=dtype)
+    marginal_field(
+        empty(ROWS, columns, dtype=dtype), alpha, sigma, data, log_weights if weighted else None, None, None
+    )  # fmt: skip
+
+
 # name -> (the op's launches, tensors of the data's size that are read, and written)
 KERNELS = {
     "noise": (noise, 0, 1),
@@ -192,6 +215,8 @@ KERNELS = {
     "loss, store": (lambda dtype: loss(dtype, x0=True), 3, 1),
     "scale": (scale, 1, 1),
     "guided": (guided, 3, 1),
+    "probe": (probe, 0, 1),
+    "probe dot": (probe_dot, 1, 0),
     "stage": (stage, 7, 1),
 }
 MORE = {
@@ -203,6 +228,12 @@ MORE = {
     "loss, f64": lambda: loss(torch.float64),
     "loss, bf16 prediction": lambda: loss(F32, prediction=BF16),
     "loss, mask a run": lambda: loss(F32, mask=(ROWS, COLUMNS // 4)),
+    "probe, normal": lambda: probe(BF16, 1),
+    "probe, Hadamard": lambda: probe(torch.float64, 2),
+    "probe, short rows": lambda: probe(F32, 2, 1 << 20, 3),
+    "probe dot, normal": lambda: probe_dot(BF16, 1),
+    "probe dot, Hadamard": lambda: probe_dot(torch.float64, 2),
+    "probe dot, short rows": lambda: probe_dot(F32, 2, 1 << 20, 40),
     "stage, dopri8": lambda: stage(F32, 12),
     "stage, f64": lambda: stage(torch.float64, 12),
     "stage, nudged": lambda: stage(BF16, 3, 1 << 20, 3, nudge=1),
@@ -217,6 +248,9 @@ MORE = {
     "guided, rescaled": lambda: guided(F32, rescale=0.7),
     "guided, rescaled, bf16": lambda: guided(BF16, rescale=0.7, per_row=True),
     "guided, rescaled, f64": lambda: guided(torch.float64, rescale=0.7),
+    "marginal": lambda: marginal(F32),
+    "marginal, few columns": lambda: marginal(F32, 2, weighted=True),
+    "marginal, f64": lambda: marginal(torch.float64, weighted=True),
     "loss, mask an element": lambda: loss(torch.float16, mask=(ROWS, COLUMNS)),
 }
 

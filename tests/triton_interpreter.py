@@ -18,8 +18,9 @@ from fmkernels import _registration
 from fmkernels.objectives import RHOS, Objective
 from fmkernels.ops.matching_loss import MatchingLoss, gradient_factor
 from fmkernels.ops.noise import DISTRIBUTIONS, noise_reference
+from fmkernels.ops.probe import PROBES, hadamard_order
 from fmkernels.ops.sample_path import STORE_X0, STORE_Z, PathArguments
-from fmkernels.triton_kernels import KERNELS, _tile, runge_kutta_step
+from fmkernels.triton_kernels import KERNELS, _tile, marginal_field, runge_kutta_step
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -264,6 +265,36 @@ def test_guided_euler(labels, monkeypatch):
         assert level["rescale"] or torch.equal(value, whole)
 
 
+PROBE_FACTORS = {
+    "distribution": PROBES, "dtype": DTYPES, "columns": {"D1": 1, "D3": 3, "D40": 40, "D128": 128, "D2060": 2060},
+    "first_probe": {"first": 0, "later": 2},
+}  # fmt: skip
+
+
+def has_probes(labels):
+    level = {name: PROBE_FACTORS[name][label] for name, label in labels.items()}
+    return labels["distribution"] != "hadamard" or level["first_probe"] + 2 <= hadamard_order(level["columns"])
+
+
+@pytest.mark.parametrize("labels", pairwise(PROBE_FACTORS, has_probes), ids=lambda labels: "-".join(labels.values()))
+def test_probes(labels, monkeypatch):
+    """Whatever the tiling, the same probes, and sums that differ by the order of their terms alone."""
+    level = {name: PROBE_FACTORS[name][label] for name, label in labels.items()}
+    distribution, dtype, columns, first = (level[name] for name in ("distribution", "dtype", "columns", "first_probe"))
+    z, *others = tilings(
+        monkeypatch, columns, lambda: op("probe")(KEY, ROWS, columns, distribution, 2, first, FIRST_ROW, dtype)
+    )
+    for other in others:
+        assert torch.equal(other, z)
+    exact = _registration.references["probe"](KEY, ROWS, columns, distribution, 2, first, FIRST_ROW, F64)
+    assert_within(z, exact, 8e-7 if distribution == PROBES["normal"] else 0.0, ulps=0.51)
+    values = torch.randn(2, ROWS, columns).to(dtype)
+    terms = z.double() * values.double()
+    slack = 8 * torch.finfo(F64 if dtype == F64 else F32).eps * terms.abs().sum(2)
+    for sums in tilings(monkeypatch, columns, lambda: op("probe_dot")(KEY, values, distribution, first, FIRST_ROW)):
+        assert_within(sums, terms.sum(2), slack)
+
+
 def test_a_guided_velocity_that_is_constant_is_not_rescaled():
     x, c, u = torch.zeros(ROWS, 5000), torch.randn(ROWS, 5000), torch.full((ROWS, 5000), 0.1)
     assert torch.equal(op("guided_euler")(x, c, u, None, None, 1.0, 0.0, 1.0), u)
@@ -305,6 +336,26 @@ def test_runge_kutta_step_of_long_rows(labels, monkeypatch):
         for i in (0, 1, 3):
             assert torch.equal(outputs[i], whole[i])
     assert len(launched) == 4 and launched[0] > launched[2] > ROWS
+
+
+@pytest.mark.parametrize(("dtype", "columns", "weighted"), [(F32, 3, False), (F32, 70, True), (F64, 70, False)])
+def test_marginal_field_of_several_tiles(dtype, columns, weighted, monkeypatch):
+    """Points of which all, some and one weigh something: what is added up, evicted from the list and rescaled."""
+    from fmkernels.ops.marginal_field import posterior_moments
+
+    monkeypatch.setattr(marginal_field, "TILE", 64)
+    monkeypatch.setattr(marginal_field, "ROW_BLOCK", 32)
+    data, alpha = torch.randn(250, columns).to(dtype), torch.tensor([0.02, 0.5, 0.999], dtype=F64)
+    sigma = 1 - alpha
+    x = (alpha[:, None] * data[-ROWS:] + sigma[:, None] * torch.randn(ROWS, columns)).to(dtype)
+    log_weights = torch.rand(250, dtype=F64).log_softmax(0) if weighted else None
+    moments = op("marginal_field")(x, alpha, sigma, data, log_weights, None, None)
+    want = posterior_moments(x.double(), alpha, sigma, data.double(), log_weights)
+    unit = 1e-5 if dtype == F32 else 1e-12
+    for value, wanted in zip(moments, want):
+        wanted = wanted.reshape(ROWS, -1)
+        error = (value.double().reshape(ROWS, -1) - wanted).norm(dim=1)
+        assert (error <= unit * (1e-2 + wanted.norm(dim=1))).all()
 
 
 def test_absolute_value_has_the_gradient_of_its_sign():

@@ -12,14 +12,6 @@
 namespace fmk {
 namespace {
 
-constexpr int64_t GROUPS = TILE / 4;
-
-// Counters and words of a tile, a structure of arrays: the loops over groups vectorise.
-struct WordTile {
-  alignas(64) uint32_t group[GROUPS], row_low[GROUPS], row_high[GROUPS];
-  alignas(64) uint32_t w0[GROUPS], w1[GROUPS], w2[GROUPS], w3[GROUPS];
-};
-
 void philox_scalar(WordTile& tile, int64_t first, int64_t count, uint64_t seed, uint32_t stream) {
   for (int64_t i = first; i < count; ++i) {
     const Words counter{tile.group[i], tile.row_low[i], tile.row_high[i], stream};
@@ -130,17 +122,10 @@ FMK_CLONES void long_row_counters(WordTile& tile, uint64_t row, uint32_t group, 
   }
 }
 
-// The words of a tile, rows one after the other; returns the number of groups.
+// The words of a tile of columns; returns the number of groups.
 int64_t words(WordTile& tile, uint64_t seed, int64_t first_row, const Block& block, uint32_t stream) {
   const int64_t per_row = padded(block.count) / 4;
-  const uint32_t group = uint32_t(block.column / 4);
-  const uint64_t row = uint64_t(first_row + block.row);
-  if (per_row == 1) {
-    short_row_counters(tile, row, group, block.rows);
-  } else {
-    for (int64_t r = 0; r < block.rows; ++r) long_row_counters(tile, row + uint64_t(r), group, r * per_row, per_row);
-  }
-  philox_tile(tile, block.rows * per_row, seed, stream);
+  words(tile, seed, uint64_t(first_row + block.row), block.rows, uint32_t(block.column / 4), per_row, stream);
   return block.rows * per_row;
 }
 
@@ -158,6 +143,15 @@ void compact(C* out, const Block& block) {
 }
 
 }  // namespace
+
+void words(WordTile& tile, uint64_t seed, uint64_t row, int64_t rows, uint32_t group, int64_t groups, uint32_t stream) {
+  if (groups == 1) {
+    short_row_counters(tile, row, group, rows);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) long_row_counters(tile, row + uint64_t(r), group, r * groups, groups);
+  }
+  philox_tile(tile, rows * groups, seed, stream);
+}
 
 template <class C>
 void normals(C* out, uint64_t seed, int64_t first_row, const Block& block, uint32_t stream, ScalarType type) {

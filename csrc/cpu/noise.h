@@ -7,6 +7,17 @@
 
 namespace fmk {
 
+constexpr int64_t GROUPS = TILE / 4;
+
+// Counters and words of a tile, a structure of arrays: the loops over groups vectorise.
+struct WordTile {
+  alignas(64) uint32_t group[GROUPS], row_low[GROUPS], row_high[GROUPS];
+  alignas(64) uint32_t w0[GROUPS], w1[GROUPS], w2[GROUPS], w3[GROUPS];
+};
+
+// The words of `groups` groups from `group` on of each of `rows` global rows, one row after the other; at most GROUPS.
+void words(WordTile& tile, uint64_t seed, uint64_t row, int64_t rows, uint32_t group, int64_t groups, uint32_t stream);
+
 // Columns a row takes while noise is drawn: whole groups of four.
 inline int64_t padded(int64_t columns) { return (columns + 3) / 4 * 4; }
 

@@ -18,12 +18,16 @@ KERNELS = {  # op -> module and function
     "_scale_gradient": ("matching_loss", "scale_gradient"),
     "_scale_gradient_": ("matching_loss", "scale_gradient_"),
     "guided_euler": ("guided_euler", "guided_euler"),
+    "marginal_field": ("marginal_field", "marginal_field"),
+    "probe": ("probe", "probe"),
+    "probe_dot": ("probe_dot", "probe_dot"),
     "runge_kutta_stage": ("runge_kutta_stage", "runge_kutta_stage"),
     "_runge_kutta_step_": ("runge_kutta_step", "runge_kutta_step_"),
 }
 
 
-WITHOUT_CUDA = ("guided_euler", "runge_kutta_stage", "_runge_kutta_step_")  # on a GPU Triton alone serves these
+# On a GPU Triton alone serves these.
+WITHOUT_CUDA = ("guided_euler", "marginal_field", "probe", "probe_dot", "runge_kutta_stage", "_runge_kutta_step_")
 
 
 def register(device_type: str, ops: Iterable[str] = tuple(KERNELS)) -> None:

@@ -41,8 +41,8 @@ class Tile:
     programs: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, dtype: torch.dtype) -> Tile:
-        elements = SMALL_TILE if dtype == torch.float64 or columns <= SHORT_ROW else TILE
+    def of(cls, rows: int, columns: int, dtype: torch.dtype, widened: int = 1) -> Tile:
+        elements = SMALL_TILE if dtype == torch.float64 or columns <= SHORT_ROW else widened * TILE
         block_groups = min(next_power_of_2(cdiv(columns, 4)), elements // 4)
         block_rows = elements // (4 * block_groups)
         tiles = cdiv(columns, 4 * block_groups)
