@@ -14,13 +14,13 @@ import torch
 
 from fmkernels import _info, _registration
 
-from . import head, peers, sampling, solvers
+from . import head, likelihood, marginal, peers, probes, sampling, solvers
 from .measure import family, measure
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-OPS = head.OPS | sampling.OPS | solvers.OPS
-FAMILIES = (*peers.FAMILIES, *solvers.FAMILIES)
+OPS = head.OPS | sampling.OPS | probes.OPS | marginal.OPS | solvers.OPS | likelihood.OPS
+FAMILIES = tuple(dict.fromkeys((*peers.FAMILIES, *solvers.FAMILIES, *likelihood.FAMILIES)))
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -85,7 +85,8 @@ class Session:
         where = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.peers, self.seconds, self.show = where, options.peers, options.seconds, show
         wanted = where, options.op, options.size, options.dtype
-        self.cases = [*head.cases(*wanted), *sampling.cases(*wanted), *solvers.cases(*wanted)]
+        modules = (head, sampling, probes, marginal, solvers, likelihood)
+        self.cases = [case for module in modules for case in module.cases(*wanted)]
         self.rows: list[dict] = []
         self.path = None  # of the results
         if options.json is not None:
@@ -95,7 +96,7 @@ class Session:
 
     def measure(self, case, **how) -> dict:
         """Measure a case, keep its row, write what there is so far, and say so."""
-        if isinstance(case, solvers.SolverCase):
+        if isinstance(case, (solvers.SolverCase, likelihood.LikelihoodCase)):
             row = case.measure(self.peers, self.seconds)
         else:
             row = measure(case, self.peers, self.seconds, **how)
@@ -157,7 +158,7 @@ def fastest(row: dict) -> dict[str, dict]:
 def show(rows: list[dict]) -> None:
     """Print the rows as tables, the whole head first; ratios are to the fastest variant of each peer."""
     for title, wanted in (("The training head", True), ("Single ops", False)):
-        single = [row for row in rows if "error" not in row and row["op"] not in solvers.OPS]
+        single = [row for row in rows if "error" not in row and row["op"] not in solvers.OPS | likelihood.OPS]
         chosen = [row for row in single if row["op"].startswith("head") == wanted]
         if not chosen:
             continue
@@ -184,6 +185,21 @@ def show(rows: list[dict]) -> None:
         ]
         header = [*(name for name, _ in COLUMNS[:4]), "outside f", "spread", "of copy", "calls of f", *solvers.FAMILIES]
         _info.print_table("Solvers: time outside f per six evaluations of it", header, table, left=4)
+    for op, names in likelihood.SHOWN.items():
+        scored = [row for row in rows if "error" not in row and row["op"] == op]
+        table = [
+            [
+                *(text(row) for _, text in COLUMNS[:6]),
+                str(row["calls"]),
+                f"{row['of_bare']:.2f}x",
+                amount(row["peak_bytes"]),
+                *(times(row["peers"].get(name)) for name in names),
+            ]
+            for row in scored
+        ]
+        header = [*(name for name, _ in COLUMNS[:6]), "calls of f", "of bare", "peak", *names]
+        if table:
+            _info.print_table(f"{op}: also as a multiple of the bare field and products", header, table, left=4)
     for row in rows:
         if row["size"] == "256x2" and row.get("baseline_s") and row["peers"]:
             net = ", ".join(f"{name} {figures['ratio_less_baseline']:.2f}x" for name, figures in fastest(row).items())

@@ -2,7 +2,11 @@
 
 from . import ops
 from ._registration import choose_backends, load_compiled
+from .dequantisation import BitsPerDim, bits_per_dim, dequantise, evaluate_bits_per_dim
 from .distributions import Normal, StandardNormal
+from .estimators import Deflated, Exact, Hutchinson
+from .likelihood import LogProb, divergence, log_prob, sample_and_log_prob
+from .marginal import MarginalField
 from .matching import Batch, FlowMatching
 from .objectives import MinSNR, Objective, PseudoHuber
 from .ops.noise import key
@@ -30,15 +34,21 @@ __all__ = [
     "VP",
     "Batch",
     "Beta",
+    "BitsPerDim",
     "Coefficients",
     "CondOT",
     "ConstantNoise",
     "CosMap",
     "Cosine",
     "Custom",
+    "Deflated",
+    "Exact",
     "FlowMatching",
+    "Hutchinson",
     "LinearVP",
+    "LogProb",
     "LogitNormal",
+    "MarginalField",
     "MinSNR",
     "Mode",
     "Normal",
@@ -53,12 +63,18 @@ __all__ = [
     "SubVP",
     "TimestepSampler",
     "Uniform",
+    "bits_per_dim",
+    "dequantise",
+    "divergence",
+    "evaluate_bits_per_dim",
     "key",
+    "log_prob",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
     "ops",
+    "sample_and_log_prob",
     "solve",
 ]
 

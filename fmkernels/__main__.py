@@ -43,7 +43,9 @@ def bench(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    return runpy.run_path(str(in_checkout("examples/checkerboard.py")))["main"](arguments) or 0
+    script = in_checkout("examples/checkerboard.py")
+    sys.path.insert(0, str(script.parent))  # it imports its neighbours
+    return runpy.run_path(str(script))["main"](arguments) or 0
 
 
 COMMANDS = {

@@ -10,10 +10,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu, head, measure, peers, plot, run, sampling  # noqa: E402
+import fmkernels as fmk  # noqa: E402
+from benchmarks import gpu, head, likelihood, marginal, measure, peers, plot, probes, run, sampling  # noqa: E402
 
 CPU = torch.device("cpu")
-OPS = head.OPS | sampling.OPS
+OPS = head.OPS | sampling.OPS | probes.OPS
 
 
 def tiny(op="head", rows=16, columns=8, dtype=torch.float32):
@@ -38,6 +39,38 @@ def test_every_case_measures(op, dtype, quick):
     assert row["median_s"] > 0
     assert row["bytes"] == tiny(op).passes * 16 * 8 * dtype.itemsize
     assert all(figures["ratio"] > 0 for figures in row["peers"].values())
+
+
+def test_marginal_field_measures(quick, monkeypatch):
+    monkeypatch.setattr(marginal, "POINTS", 300)
+    row = measure.measure(marginal.MarginalField(16, 8, torch.float32, CPU), peers=["eager"], seconds=0)
+    assert "error" not in row, row["error"]
+    assert row["bytes"] == (300 + 3 * 16) * 8 * 4
+    assert set(row["peers"]) == {f"eager, {name}, {rows}" for name in ("products", "cdist") for rows in marginal.CHUNKS}
+    ours = marginal.MarginalField.ours
+    monkeypatch.setattr(marginal.MarginalField, "ours", lambda self, b: fmk.ops.PosteriorMoments(*(
+        value * 1.0001 for value in ours(self, b)
+    )))  # fmt: skip
+    assert "AssertionError" in measure.measure(marginal.MarginalField(16, 8, torch.float32, CPU), seconds=0)["error"]
+
+
+@pytest.mark.parametrize("op", likelihood.OPS)
+def test_likelihoods_measure(op, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(likelihood, "ROUNDS", 2)
+    monkeypatch.setattr(likelihood, "WIDTH", 8)
+    monkeypatch.setattr(likelihood, "SIZES", {name: [(8, 6)] for name in likelihood.OPS})
+    path = tmp_path / "results.json"
+    assert run.main(["--op", op, "--device", "cpu", "--seconds", "0", "--json", str(path)]) == 0
+    assert f"{op}: also as a multiple of the bare" in capsys.readouterr().out
+    (row,) = json.loads(path.read_text())["results"]
+    assert row["rounds"] == 2 and row["median_s"] > 0 and row["peak_bytes"] > 0
+    assert row["of_bare"] == pytest.approx(1 / row["peers"]["bare"]["ratio"], rel=0.5)
+    assert row["peers"]["bare"]["calls"] == row["calls"]
+    if op == "log_prob":
+        assert row["x0_error"] < 1e-3 and row["log_prob_error"] < 1e-2
+    wrong = likelihood.OPS[op](8, 6, torch.float32, CPU)
+    monkeypatch.setattr(wrong, "ours", lambda norm="state": [value + 1 for value in likelihood.OPS[op].ours(wrong)])
+    assert "error" in wrong.measure(seconds=0)
 
 
 def test_command_runs_pytest_benchmark_and_writes_results(quick, tmp_path, capsys):
@@ -90,6 +123,15 @@ def test_verification_sees_a_small_mistake(op, monkeypatch):
         monkeypatch.setattr(head.peers, "draw_path", lambda x1, x0, t: right(x1, x0, t) + 1e-3)
         formula = head.loss_and_gradient
         monkeypatch.setattr(head, "loss_and_gradient", lambda *a: [1.001 * value for value in formula(*a)])
+    with pytest.raises(AssertionError):
+        case.verify(case.tensors())
+
+
+@pytest.mark.parametrize("op", probes.OPS)
+def test_verification_sees_another_probe(op, monkeypatch):
+    right = getattr(fmk.ops, op)
+    monkeypatch.setattr(fmk.ops, op, lambda *arguments, **more: right(*arguments, **more | {"first_probe": 1}))
+    case = tiny(op)
     with pytest.raises(AssertionError):
         case.verify(case.tensors())
 

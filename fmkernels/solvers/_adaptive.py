@@ -29,7 +29,7 @@ from ._state import State
 class AdaptiveSolve:
     """One adaptive solve."""
 
-    def __init__(self, problem: Problem, plan: Plan, settings, tolerances, first_step, max_step, min_step):
+    def __init__(self, problem: Problem, plan: Plan, settings, tolerances, first_step, max_step, min_step, columns):
         self.problem, self.plan, self.settings, self.tolerances = problem, plan, settings, tolerances
         self.bounds = min_step, max_step
         self.first_step = first_step
@@ -40,8 +40,7 @@ class AdaptiveSolve:
                     f"first_step: expected positive numbers, one or [{problem.rows}], got {first_step.tolist()}"
                 )
             self.first_step = first_step
-        state = problem.state
-        columns = state.columns // state.components
+        self.columns = columns
         self.segments = torch.tensor([[0, columns]], device=problem.device)
         self.t_eval = None if problem.t_eval is None else problem.t_eval.detach().contiguous()
         self.calls = 0
@@ -211,9 +210,9 @@ class AdaptiveSolve:
         return wide.unsqueeze(-1) if self.problem.state.complex else wide
 
     def _norm(self, x):
-        """RMS of each row, complex numbers by their absolute value."""
-        columns = self.problem.state.columns // self.problem.state.components
-        return (x.reshape(self.problem.rows, -1).to(torch.float64).square().sum(-1) / columns).sqrt()
+        """RMS of each row's controlled numbers, complex ones by their absolute value."""
+        x = x.reshape(self.problem.rows, -1)[:, : self.columns * self.problem.state.components]
+        return (x.to(torch.float64).square().sum(-1) / self.columns).sqrt()
 
     def _watch(self, progress) -> Callable[[], int]:
         watch = Watch(self.integrator.counters)

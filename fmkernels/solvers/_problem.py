@@ -50,15 +50,19 @@ class Solution:
 
     def raise_for_status(self) -> Solution:
         """This solution, or a RuntimeError that says which rows did not reach their end and why."""
-        if bool((self.status != DONE).any()):
-            parts = []
-            for code in range(1, 4):
-                rows = torch.where(self.status == code)[0].tolist()
-                if rows:
-                    shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-                    parts.append(f"{len(rows)} {STATUSES[code]} (rows {shown})")
-            raise RuntimeError(f"solve: {len(self.status)} rows, of which " + "; ".join(parts))
+        raise_for_status(self.status)
         return self
+
+
+def raise_for_status(status: torch.Tensor) -> None:
+    if bool((status != DONE).any()):
+        parts = []
+        for code in range(1, 4):
+            rows = torch.where(status == code)[0].tolist()
+            if rows:
+                shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+                parts.append(f"{len(rows)} {STATUSES[code]} (rows {shown})")
+        raise RuntimeError(f"solve: {len(status)} rows, of which " + "; ".join(parts))
 
 
 class Problem:

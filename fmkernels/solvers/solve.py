@@ -72,6 +72,7 @@ def solve(
     parameters: Sequence[torch.Tensor] | None = None,
     dense: bool = False,
     record_steps: bool = False,
+    norm_columns: int | None = None,
     progress: bool = False,
     cuda_graph: bool = False,
 ) -> Solution:
@@ -105,6 +106,8 @@ def solve(
         parameters: what "recorded" and "adjoint" differentiate besides y0 and times; those of f where f is a Module.
         dense: let the result be called at any time (keeps every step's values of f).
         record_steps: return the times of the steps.
+        norm_columns: how many of a row's leading numbers step control looks at, in errors and first steps; None takes
+            all. The others, an integral along the solution for instance, then change nothing of the rest.
         progress: show a bar of finished rows (needs tqdm).
         cuda_graph: capture a step in a CUDA graph and replay it; f must be capturable (fixed shapes, no host reads).
 
@@ -118,6 +121,13 @@ def solve(
     """
     problem = Problem(f, y0, t_span, t_eval)
     check_options(method, gradient, min_step, max_step, max_steps, steps, step_size, dense, record_steps, cuda_graph)
+    columns = problem.state.columns // problem.state.components
+    if norm_columns is not None:
+        _checks.count("norm_columns", norm_columns, 1)
+        if norm_columns > columns or method in FIXED:
+            expected = "None for a fixed method" if method in FIXED else f"at most {columns}, the numbers of a row"
+            raise ValueError(f"norm_columns: expected {expected}, got {norm_columns}")
+        columns = norm_columns
     if method in FIXED:
         return solve_fixed(problem, FIXED[method], steps, step_size, gradient, parameters, progress)
     if not isinstance(controller, PID):
@@ -131,7 +141,7 @@ def solve(
     )  # fmt: skip
     tolerances = tolerance("rtol", rtol, problem), tolerance("atol", atol, problem)
     return AdaptiveSolve(
-        problem, plan(tableau, problem.device), settings, tolerances, first_step, max_step, min_step
+        problem, plan(tableau, problem.device), settings, tolerances, first_step, max_step, min_step, columns
     ).run(gradient, parameters, dense, record_steps, progress, cuda_graph)
 
 
