@@ -19,7 +19,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))  # run by its path, from a checkout that may not be installed
 
 import fmkernels as fmk  # noqa: E402
-from benchmarks import solvers  # noqa: E402
+from benchmarks import likelihood, solvers  # noqa: E402
 from benchmarks.run import amount, duration, fastest, short  # noqa: E402
 from fmkernels.objectives import velocity_from_prediction  # noqa: E402
 
@@ -300,12 +300,17 @@ def head_numbers(document: dict) -> list[str]:
 
 def op_numbers(document: dict) -> list[str]:
     """The single ops."""
-    rows = [row for row in document["results"] if "error" not in row and not is_head(row) and not is_solver(row)]
+    rows = [row for row in document["results"] if "error" not in row and not (is_head(row) or is_other(row))]
     return [provenance(document), table(rows, "case")] if rows else []
 
 
 def is_solver(row: dict) -> bool:
     return row["op"] in solvers.OPS
+
+
+def is_other(row: dict) -> bool:
+    """Whether a row belongs to a section of its own."""
+    return is_solver(row) or row["op"] in likelihood.OPS
 
 
 def solver_numbers(document: dict) -> list[str]:
@@ -323,7 +328,26 @@ def solver_numbers(document: dict) -> list[str]:
     return [provenance(document, solvers.FAMILIES), markdown(header, body, left=3)]
 
 
-SECTIONS = {"head": head_numbers, "ops": op_numbers, "solvers": solver_numbers}
+def likelihood_numbers(document: dict) -> list[str]:
+    """Log-densities, and single evaluations of a field with its divergence."""
+    parts = []
+    for op, peers in likelihood.SHOWN.items():
+        rows = [row for row in document["results"] if "error" not in row and row["op"] == op]
+        names = [name for name in peers if any(name in row["peers"] for row in rows)]
+        header = ["case", "batch", "dtype", "time", "of the bare calls", "evaluations", *names]
+        body = []
+        for row in rows:
+            cells = [row["op"], row["size"].replace("x", " × "), short(row["dtype"]), duration(row["median_s"])]
+            cells += [f"{row['of_bare']:.2f}×", str(row["calls"])]
+            body.append([*cells, *(ratio(row["peers"].get(name)) for name in names)])
+        parts += [markdown(header, body, left=3)] if rows else []
+        counted = {name: row["peers"][name]["calls"] for row in rows for name in names} if op == "log_prob" else {}
+        if counted:
+            parts.append(f"Evaluations of the others: {', '.join(f'{name} {n}' for name, n in counted.items())}.")
+    return [provenance(document, likelihood.INSTALLED), *parts] if parts else []
+
+
+SECTIONS = {"head": head_numbers, "ops": op_numbers, "solvers": solver_numbers, "likelihood": likelihood_numbers}
 NOTHING = 'No results are committed yet; `make bench ARGS="--json"` measures and writes them.'
 
 

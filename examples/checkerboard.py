@@ -5,8 +5,11 @@ Two equal networks are trained through the fused head, one on each path, and sam
 1. ``train``: the loop a trainer keeps, with ``fm.sample`` and ``fm.loss`` in place of its own arithmetic;
 2. ``integrate``: from noise to data along ``fm.velocity(model)``, in equal steps;
 3. ``adapt``: the same with a step size for every sample, which counts the evaluations that a tolerance takes;
-4. ``draw``, ``draw_trajectories``: the samples over time and over the number of steps, and the ways they went;
-5. ``measure``: time and memory of the head against plain PyTorch, compiled and not.
+4. ``density``: ``fmk.log_prob`` with the exact divergence on a grid, beside the samples;
+5. ``curve``: how many samples are misplaced, by the number of evaluations that a fixed method is given;
+6. ``measure``: time and memory of the head against plain PyTorch, compiled and not.
+
+checkerboard_pictures.py draws them.
 
 Run it with ``python -m fmkernels demo`` or by its path. Source: Lipman et al., "Flow Matching for Generative Modeling"
 (2023), section 6.1 and figure 4.
@@ -26,6 +29,18 @@ import time
 from pathlib import Path
 
 import torch
+from checkerboard_pictures import (
+    FEW_STEPS,
+    FULL_STEPS,
+    SIDE,
+    TOLERANCE,
+    WINDOW,
+    draw_curves,
+    draw_samples,
+    draw_trajectories,
+)
+from common import positive, terminal_table
+from networks import VelocityMLP
 from torch import nn
 from torch.utils.benchmark import Timer
 from tqdm import trange
@@ -37,11 +52,9 @@ from fmkernels.ops.matching_loss import matching_loss_reference
 from fmkernels.ops.noise import noise_reference
 from fmkernels.ops.sample_path import PathArguments, sample_path_reference
 
-SIDE = 4  # squares a side; the board is [-2, 2]², half of it dark, its deviation close to that of the noise
-FULL_STEPS = 32
-FEW_STEPS = (4, 8, 16)
-TOLERANCE = 1e-5  # that of the paper's table of function evaluations
-COUNTED, DRAWN, INSTANTS = 2000, 250, 129  # samples whose evaluations are counted, those of them drawn, times drawn
+COUNTED, INSTANTS = 2000, 129  # samples whose evaluations are counted; times at which their ways are drawn
+GIVEN = (4, 8, 16, 32, 64)  # evaluations that fixed methods are given
+CELLS = 80  # a side of the density's grid
 IMAGES = (128, 12288)  # a batch of 64 × 64 RGB images, for the head alone
 
 
@@ -52,10 +65,14 @@ def checkerboard(rows: int, device=None) -> torch.Tensor:
     return torch.stack([column, row], dim=-1) + torch.rand(rows, 2, device=device) - SIDE / 2
 
 
+def dark(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Whether points are on dark squares."""
+    return (x.abs() < SIDE / 2) & (y.abs() < SIDE / 2) & ((x.floor() + y.floor()) % 2 == 0)
+
+
 def on_dark(x: torch.Tensor) -> float:
     """Fraction of points on dark squares: 0.5 for points spread evenly over the board."""
-    inside = (x.abs() < SIDE / 2).all(dim=-1)
-    return (inside & (x.floor().sum(dim=-1) % 2 == 0)).float().mean().item()
+    return dark(*x.unbind(-1)).float().mean().item()
 
 
 def misplaced(x: torch.Tensor, cells: int = 4) -> float:
@@ -64,27 +81,9 @@ def misplaced(x: torch.Tensor, cells: int = 4) -> float:
     edges = torch.linspace(-limit, limit, 2 * int(limit) * cells + 1)
     share = torch.histogramdd(x.float().cpu(), [edges, edges]).hist / len(x)
     middle = (edges[1:] + edges[:-1]) / 2
-    column, row = torch.meshgrid(middle, middle, indexing="ij")
-    dark = (column.abs() < SIDE / 2) & (row.abs() < SIDE / 2) & ((column.floor() + row.floor()) % 2 == 0)
+    board = dark(*torch.meshgrid(middle, middle, indexing="ij"))
     outside = 1 - share.sum()
-    return 0.5 * ((share - dark / dark.sum()).abs().sum() + outside).item()
-
-
-class VelocityMLP(nn.Module):
-    """v(x, t) for points [B, 2]: Fourier features of x and t, then ``depth`` ReLU layers of ``width``."""
-
-    def __init__(self, width: int = 256, depth: int = 4, features: int = 32):
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(2, features) * math.pi / 2)
-        self.register_buffer("harmonics", math.pi * torch.arange(1, 9))
-        sizes = [3 + 2 * features + 16, *[width] * depth]
-        layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        t = t.unsqueeze(-1)
-        angles = torch.cat([x @ self.frequencies, t * self.harmonics], dim=-1)
-        return self.layers(torch.cat([x, t, angles.sin(), angles.cos()], dim=-1))
+    return 0.5 * ((share - board / board.sum()).abs().sum() + outside).item()
 
 
 def train(fm: fmk.FlowMatching, model: nn.Module, steps: int, batch_size: int, label: str = "") -> list[float]:
@@ -121,6 +120,37 @@ def adapt(field, x: torch.Tensor, instants: int = INSTANTS) -> fmk.Solution:
     return fmk.solve(field, x, field.t_range, times, "dopri5", rtol=TOLERANCE, atol=TOLERANCE).raise_for_status()
 
 
+@torch.no_grad()
+def density(field, cells: int = CELLS, window: float = WINDOW, device=None) -> torch.Tensor:
+    """log p of the samples at the middles of the grid's cells, [cells, cells], x first; the trace is exact."""
+    middle = (torch.arange(cells, device=device) + 0.5) * (2 * window / cells) - window
+    points = torch.cartesian_prod(middle, middle)
+    result = fmk.log_prob(field, points, divergence=fmk.Exact(), rtol=1e-3, atol=1e-3)
+    return result.raise_for_status().log_prob.view(cells, cells)
+
+
+def fit_of(log_density: torch.Tensor, window: float = WINDOW) -> dict:
+    """The mass on the grid, and the cross-entropy of the board's points in nats: at least ln 8, the board's own."""
+    cells = len(log_density)
+    middle = (torch.arange(cells) + 0.5) * (2 * window / cells) - window
+    column, row = torch.meshgrid(middle, middle, indexing="ij")
+    log_density, mask = log_density.cpu().double(), dark(column, row)
+    mass = log_density.exp().sum() * (2 * window / cells) ** 2
+    return {"mass": mass.item(), "nats": -log_density[mask].mean().item()}
+
+
+@torch.no_grad()
+def curve(field, noise: torch.Tensor) -> dict[str, dict[int, float]]:
+    """For Euler's and the midpoint method the share of samples misplaced after so many evaluations."""
+    found: dict[str, dict[int, float]] = {}
+    for method, evaluations_a_step in (("euler", 1), ("midpoint", 2)):
+        for given in GIVEN:
+            steps = given // evaluations_a_step
+            samples = fmk.solve(field, noise, field.t_range, method=method, steps=steps).y
+            found.setdefault(method, {})[given] = misplaced(samples)
+    return found
+
+
 def evaluations_of(solution: fmk.Solution) -> dict:
     """Calls of the network that the samples took, and that the batch took."""
     nfe, steps = solution.nfe, solution.accepted + solution.rejected
@@ -137,80 +167,6 @@ def normal_points(rows: int, seed: int, device=None) -> torch.Tensor:
     """Standard normal points [rows, 2] from a scrambled Sobol sequence: even, so that histograms show little noise."""
     uniform = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(rows)
     return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).to(device)
-
-
-def draw(panels: dict[str, tuple[list, list]], file: Path) -> None:
-    """The picture: a row for each path with its snapshots in time, then its samples after few steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    times, limit, bins = ("t = 0", "t = ¼", "t = ½", "t = ¾", "t = 1"), 2.6, 104  # bins end where squares do
-    figure = plt.figure(figsize=(16.6, 4.9), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(5.12, 3), wspace=0.02)
-    left.suptitle(f"from noise to data in {FULL_STEPS} midpoint steps", fontsize=13)
-    right.suptitle("the same networks, few steps", fontsize=13)
-    for part, titles, which in ((left, times, 0), (right, [f"{n} steps" for n in FEW_STEPS], 1)):
-        axes = part.subplots(len(panels), len(titles), squeeze=False)
-        for row, (name, points) in enumerate(panels.items()):
-            for axis, title, x in zip(axes[row], titles, points[which]):
-                cell = (2 * limit / bins) ** 2
-                axis.hist2d(
-                    *x.cpu().numpy().T,
-                    bins=bins,
-                    range=[(-limit, limit)] * 2,
-                    vmin=0,
-                    vmax=0.19 * cell * len(x),  # the dark squares have density 1/8, the noise at most 0.16
-                    cmap="inferno",
-                )
-                axis.set(xticks=[], yticks=[], aspect="equal")
-                axis.set_title(title if which == 0 else f"{title}: {misplaced(x):.0%} misplaced", fontsize=11)
-            if which == 0:
-                axes[row, 0].set_ylabel(name, fontsize=13)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def draw_trajectories(solutions: dict[str, fmk.Solution], file: Path) -> None:
-    """The picture of the ways from noise to data: a panel for each path, then how many evaluations the samples took."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.collections import LineCollection
-    from matplotlib.colors import LinearSegmentedColormap
-
-    limit, hues = 3.1, ("#2f6db3", "#d9772b")
-    figure = plt.figure(figsize=(15.2, 5.6), layout="constrained")
-    axes = figure.subplots(1, len(solutions) + 1, width_ratios=(*(1 for _ in solutions), 0.9))
-    counts = {name: solution.nfe.tolist() for name, solution in solutions.items()}
-    ends = min(map(min, counts.values())), max(map(max, counts.values()))
-    bins = [ends[0] - 3 + 6 * i for i in range((ends[1] - ends[0]) // 6 + 2)]  # a step is six evaluations
-    for axis, (name, solution), hue in zip(axes, solutions.items(), hues):
-        corners = itertools.product(range(-SIDE // 2, SIDE // 2), repeat=2)
-        for corner in (corner for corner in corners if sum(corner) % 2 == 0):
-            axis.add_patch(plt.Rectangle(corner, 1, 1, color="#e9ecf1", linewidth=0, zorder=0))
-        ways = solution.y[:DRAWN].cpu()
-        pieces = torch.stack([ways[:, :-1], ways[:, 1:]], dim=2)
-        shades = LinearSegmentedColormap.from_list(name, ["#c9ced6", "#c9ced6", hue])
-        time = torch.linspace(0, 1, pieces.shape[1]).repeat(len(pieces))
-        lines = LineCollection(pieces.flatten(0, 1).numpy(), array=time.numpy(), cmap=shades, linewidths=0.9)
-        axis.add_collection(lines)
-        axis.scatter(*ways[:, 0].numpy().T, s=9, color="#9aa1ac", linewidths=0, zorder=3)
-        axis.scatter(*ways[:, -1].numpy().T, s=13, color=hue, linewidths=0, zorder=4)
-        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
-        axis.spines[:].set_color("#9aa5b1")
-        axis.set_title(name, fontsize=13)
-        label = f"{name}: mean {statistics.mean(counts[name]):.0f}"
-        axes[-1].hist(counts[name], bins, color=hue, alpha=0.3)
-        axes[-1].hist(counts[name], bins, color=hue, histtype="step", linewidth=1.8, label=label)
-    axes[-1].set_title("evaluations that a sample takes", fontsize=13)
-    axes[-1].set(yticks=[], xlabel=f"evaluations of the network, tolerance {TOLERANCE:.0e}")
-    axes[-1].legend(frameon=False, fontsize=11)
-    axes[-1].spines[["left", "top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 # The head, four ways: sample(x1) -> (x_t, t, what the loss needs again) and loss(prediction, that).
@@ -351,69 +307,61 @@ def measure(model: nn.Module, batch_size: int, shape, device: str, quick: bool) 
     return rows
 
 
-def report(results: dict) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    def table(title, first, headings, caption=None):
-        columns = [{"header": first, "no_wrap": True}, *({"header": text, "justify": "right"} for text in headings)]
-        made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
-        for column in columns:
-            made.add_column(**column)
-        return made
-
-    steps = (FULL_STEPS, *FEW_STEPS)
-    paths = table(
-        "Checkerboard",
-        "path",
-        ("first loss", "last", "ms a step", *[f"{n} steps" for n in steps]),
-        "n steps: samples misplaced after n midpoint steps (total variation)",
-    )
-    evaluations = table(
-        f"Evaluations of the network that a sample takes, dopri5 at {TOLERANCE:g}",
-        "path",
-        ("mean", "fewest", "most", "rejected steps", "calls"),
-        f"over {results['counted']} samples, each with its own step sizes; calls: for all of them at once",
-    )
+def tables(results: dict) -> list[tuple[str, list[str], list[list[str]], str | None]]:
+    """(title, header, rows, caption) of what was found."""
+    paths, evaluations, curves, heads = [], [], [], []
     for name, path in results["paths"].items():
-        figures = f"{path['first_loss']:.3f}", f"{path['final_loss']:.3f}", f"{1e3 * path['step_s']:.1f}"
-        paths.add_row(name, *figures, *[f"{path['misplaced'][n]:.1%}" for n in steps])
+        misplaced_share = {int(steps): share for steps, share in path["misplaced"].items()}[FULL_STEPS]
+        losses = f"{path['first_loss']:.3f}", f"{path['final_loss']:.3f}"
+        paths.append([name, *losses, f"{misplaced_share:.1%}", f"{path['density']['nats']:.3f}"])
         nfe = path["nfe"]
         figures = f"{nfe['mean']:.1f}", f"{nfe['min']}", f"{nfe['max']}", f"{nfe['rejected']:.1%}", f"{nfe['calls']}"
-        evaluations.add_row(name, *figures)
-
-    rows, columns = results["images"]
-    heads = table(
-        "The head of the optimal-transport path, forward and backward",
-        "head",
-        (f"{results['batch']} × 2, µs", "with network, ms", f"{rows} × {columns}, ms", "its peak, MB"),
-        f"fused: answered by the {results['backend']} backend; peak: memory beyond data and prediction",
-    )
+        evaluations.append([name, *figures])
+        for method, shares in path["given"].items():
+            curves.append([f"{name}, {method}", *[f"{share:.1%}" for share in shares.values()]])
     for row in results["heads"]:
         if "error" in row:
-            heads.add_row(row["head"], row["error"])
+            heads.append([row["head"], row["error"]])
             continue
         values = (1e6 * row["points_s"], 1e3 * row["step_s"], 1e3 * row["images_s"], row["images_bytes"] / 1e6)
-        heads.add_row(row["head"], *[f"{value:.1f}" for value in values])
-    console = Console()
-    console.print(paths, evaluations, heads, sep="\n\n")
+        heads.append([row["head"], *[f"{value:.1f}" for value in values]])
+    rows, columns = results["images"]
+    return [
+        (
+            "Checkerboard", ["path", "first loss", "last", "misplaced", "nats"], paths,
+            f"misplaced: samples after {FULL_STEPS} midpoint steps, their total variation from the board; nats: −log p "
+            f"of the board's points, at least ln 8 = {math.log(8):.3f}",
+        ),
+        (
+            f"Evaluations of the network that a sample takes, dopri5 at {TOLERANCE:g}",
+            ["path", "mean", "fewest", "most", "rejected steps", "calls"], evaluations,
+            f"over {results['counted']} samples, each with its own step sizes; calls: for all of them at once",
+        ),
+        (
+            "Samples misplaced, by the evaluations that a fixed method is given",
+            ["path", *[f"{given}" for given in GIVEN]], curves, None,
+        ),
+        (
+            "The head of the optimal-transport path, forward and backward",
+            ["head", f"{results['batch']} × 2, µs", "with network, ms", f"{rows} × {columns}, ms", "its peak, MB"],
+            heads, f"fused: answered by the {results['backend']} backend; peak: memory beyond data and prediction",
+        ),
+    ]  # fmt: skip
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
-    return value
+def report(results: dict) -> None:
+    from rich.console import Console
+
+    Console().print(*(terminal_table(*table) for table in tables(results)), sep="\n\n")
 
 
 def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fmkernels demo",
         description="Train a small network on the checkerboard with the optimal-transport path and with the diffusion "
-        "path through the fused head, sample both, draw them (checkerboard.png, trajectories.png), count the network's "
-        "evaluations, and compare the head with plain PyTorch (checkerboard.json has the numbers). About three minutes "
-        "on two cores.",
+        "path through the fused head, sample both, draw them with their densities (checkerboard.png, trajectories.png, "
+        "few_evaluations.png), count the network's evaluations, and compare the head with plain PyTorch "
+        "(checkerboard.json has the numbers). About four minutes on two cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -436,31 +384,33 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     noise = normal_points(2000 if options.quick else 30_000, options.seed, options.device)
+    cells = 20 if options.quick else CELLS
 
     panels, paths, solutions = {}, {}, {}
     for name, schedule in (("optimal transport", fmk.CondOT()), ("diffusion", fmk.VP())):
         torch.manual_seed(options.seed)
         model = VelocityMLP(64 if options.quick else 256).to(options.device)
         fm = fmk.FlowMatching(schedule, timesteps=fmk.Uniform(stratified=True))
-        clock = time.perf_counter()
         losses = train(fm, model, options.steps, options.batch, name)
-        step_s = (time.perf_counter() - clock) / options.steps
         field = fm.velocity(model)
         snapshots = integrate(field, noise, FULL_STEPS, snapshots=4)
         few = [integrate(field, noise, steps)[-1] for steps in FEW_STEPS]
-        panels[name] = snapshots, few
+        log_density = density(field, cells, device=options.device)
+        panels[name] = snapshots, few, log_density
         solutions[name] = adapt(field, noise[:COUNTED])
         paths[name] = {
             "first_loss": statistics.median(losses[:10]),
             "final_loss": statistics.median(losses[-(len(losses) // 10 + 1) :]),  # diffusion's has a long tail
-            "step_s": step_s,
             "on_dark": on_dark(snapshots[-1]),
             "misplaced": {n: misplaced(x) for n, x in zip((FULL_STEPS, *FEW_STEPS), (snapshots[-1], *few))},
             "nfe": evaluations_of(solutions[name]),
+            "density": fit_of(log_density),
+            "given": curve(field, noise[:10_000]),
         }
 
-    draw(panels, options.out / "checkerboard.png")
+    draw_samples(panels, paths, options.out / "checkerboard.png")
     draw_trajectories(solutions, options.out / "trajectories.png")
+    draw_curves(paths, options.out / "few_evaluations.png")
     print("Measuring the head", flush=True)
     images = (4, 48) if options.quick else IMAGES
     results = {
@@ -476,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     (options.out / "checkerboard.json").write_text(json.dumps(results, indent=2) + "\n")
     report(results)
-    written = "checkerboard.png, trajectories.png and checkerboard.json"
+    written = "checkerboard.png, trajectories.png, few_evaluations.png and checkerboard.json"
     print(f"{written} in {options.out}, after {time.perf_counter() - started:.0f} s")
 
 

@@ -126,6 +126,31 @@ def test_rendered_numbers_of_the_solvers(figures, tmp_path):
     assert all(figures.NOTHING in other for other in others), "solvers are no ops"
 
 
+def test_rendered_numbers_of_likelihoods(figures, tmp_path):
+    row = {"size": "256x3072", "dtype": "float32", "median_s": 1.25, "calls": 32, "of_bare": 1.04}
+    peer = {"ratio": 2.31, "calls": 50}
+    rows = [
+        {**row, "op": "log_prob", "peers": {"bare": peer, "flow_matching": peer}},
+        {**row, "op": "divergence", "calls": 1, "peers": {"bare": peer, "forward": {"ratio": 1.5, "calls": 1}}},
+        {"op": "divergence", "size": "256x64", "dtype": "float32", "error": "wrong"},
+    ]
+    document = {
+        "device": "a device",
+        "versions": {"torch": "9.9", "flow_matching": "1.0"},
+        "build": {},
+        "results": rows,
+    }
+    (tmp_path / "device.json").write_text(json.dumps(document))
+    pages = [f"<!-- numbers: {name} -->\nold\n<!-- end of numbers -->" for name in ("likelihood", "ops", "head")]
+    text, *others = (figures.filled(page, tmp_path) for page in pages)
+    assert "**a device.** torch 9.9, flow_matching 1.0." in text and "old" not in text and "wrong" not in text
+    assert "| case | batch | dtype | time | of the bare calls | evaluations | flow_matching |" in text
+    assert "| log_prob | 256 × 3072 | fp32 | 1250 ms | 1.04× | 32 | 2.3× |" in text
+    assert "| divergence | 256 × 3072 | fp32 | 1250 ms | 1.04× | 1 | 1.5× |" in text
+    assert "Evaluations of the others: flow_matching 50." in text
+    assert all(figures.NOTHING in other for other in others), "likelihoods are no ops"
+
+
 def test_pictures_are_drawn(figures, tmp_path):
     figures.draw(tmp_path)
     for name in figures.PICTURES:
