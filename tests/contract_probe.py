@@ -101,7 +101,7 @@ def probe_dot_part(arguments, row):
 
 def probe_dot_functions(device) -> list[Function]:
     data = Data(5, device)
-    key, values = data.key(), data.normal((2, 3, 2, 2), F64)
+    key, values = data.key(), data.normal((2, 1, 2, 2), F64)
 
     def function(distribution):
         return lambda values: fmk.ops.probe_dot(key, values, distribution=distribution, first_probe=1, first_row=7)

@@ -242,7 +242,8 @@ def test_a_row_that_fails_fails_alone():
     alone = fmk.log_prob(f, x1[3:], divergence=fmk.Hutchinson(2), key=KEY, first_row=3)
     close(result.log_prob[3:], alone.log_prob, 1e-12)
     assert result.nfe[3] == alone.nfe[0]
-    base = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64))  # refuses NaN
+    zero, one = torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64)
+    base = torch.distributions.MultivariateNormal(zero, one, validate_args=True)  # refuses NaN
     for times in (None, [0.75]):
         assert fmk.log_prob(f, x1, base, t_eval=times).log_prob.isnan().tolist() == [False, True, True, False]
     limited = fmk.log_prob(Linear(matrix(2)), x1, max_steps=2, rtol=1e-9, atol=1e-9)
@@ -276,8 +277,8 @@ def test_memory_does_not_grow_with_the_steps(estimator):
         return measure.peak_bytes(lambda: fmk.log_prob(f, x1, divergence=estimator, key=KEY, **how), CPU)
 
     few, many = ({"method": "rk4", "steps": n} for n in (3, 30))
-    assert peak(**many) <= 1.25 * peak(**few) + 8 * 64 * 30  # the grid of times
-    assert peak(rtol=1e-12, atol=1e-12) <= 1.25 * peak(rtol=1e-3, atol=1e-3)  # ten times the steps
+    assert peak(**many) <= 2 * peak(**few)  # ten times the steps
+    assert peak(rtol=1e-12, atol=1e-12) <= 2 * peak(rtol=1e-3, atol=1e-3)
 
 
 def test_progress(capsys):

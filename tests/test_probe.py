@@ -15,10 +15,11 @@ from fmkernels.ops.probe import PROBES
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SEED = 0x5DEECE66D1234567
 KEY, V = torch.tensor([SEED]), torch.randn(2, 3, 4)
-ROWS = 300 if INTERPRETED else 2000  # of a sample
-# Rows of every unrolled length, of one word, group and tile with tails, of 4096 columns (a tile of words) and more.
-COLUMNS = [1, 2, 3, 4, 5, 31, 32, 33, 127, 128, 129, 1000, 1025, 4095, 4097]
-LONG = [40_001] if INTERPRETED else [16_385, 40_001]  # of several tasks
+ROWS = 100 if INTERPRETED else 2000  # of a sample
+# Rows of every unrolled length, of a word, a group of words and a tile with and without tails, and of several tasks.
+COLUMNS = [1, 2, 3, 4, 5, 31, 32, 33, 127, 128, 129, 1000, 1025, 4095, 4097, 16_385, 40_001]
+if INTERPRETED:  # the interpreter's own tests have long rows
+    COLUMNS = [1, 3, 33, 129]
 
 
 def key(device, seed=SEED):
@@ -69,10 +70,10 @@ def test_every_dtype_has_the_same_probes(dtype, device):
 
 
 @pytest.mark.parametrize("distribution", PROBES)
-@pytest.mark.parametrize("columns", COLUMNS + LONG)
+@pytest.mark.parametrize("columns", COLUMNS)
 def test_short_long_and_ragged_rows(columns, distribution, device):
     """Every branch of a kernel against the reference, and the sums of each; many rows where they are short."""
-    rows = 3 if columns > 200 else 41 if INTERPRETED else 5003 if columns < 6 else 301
+    rows = 5 if INTERPRETED or columns > 200 else 5003 if columns < 6 else 301
     probes = 2 if columns > 1 or distribution != "hadamard" else 1
     how = {"distribution": distribution, "first_row": 2**32 - 20}
     arguments = (key(device), rows, columns, PROBES[distribution], probes, 0, 2**32 - 20, F64)
@@ -105,7 +106,7 @@ def test_parts_are_the_whole(distribution, device):
 # ---- Hadamard's ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [1, 2, 8, 64, 256])
+@pytest.mark.parametrize("order", [1, 2, 8, 64] + [256] * (not INTERPRETED))
 def test_all_hadamard_probes_are_orthogonal(order, device):
     z = probe(key(device), 2, order, distribution="hadamard", probes=order, dtype=F64).transpose(0, 1)
     assert torch.equal(z @ z.mT, order * torch.eye(order, dtype=F64, device=device).expand(2, -1, -1))
@@ -167,7 +168,7 @@ def test_variances_of_the_trace(distribution, device):
     off = s.square().sum() - s.diagonal().square().sum()
     want = {"rademacher": 2 / m * off, "normal": 2 / m * s.square().sum(), "hadamard": 2 / m * off * 11 / 15}
     assert abs(estimates.mean() - a.trace()) < 5 * (want[distribution] / ROWS).sqrt()
-    assert float(estimates.var() / want[distribution]) == pytest.approx(1, abs=0.4 if INTERPRETED else 0.15)
+    assert float(estimates.var() / want[distribution]) == pytest.approx(1, abs=0.6 if INTERPRETED else 0.15)
 
 
 # ---- probe_dot ----------------------------------------------------------------------------------------------------

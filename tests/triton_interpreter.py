@@ -9,6 +9,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from contract_ode import SETTINGS, STEP
 from contract_op import pairwise
 from test_contract import check_values
@@ -21,6 +23,7 @@ from fmkernels.ops.noise import DISTRIBUTIONS, noise_reference
 from fmkernels.ops.probe import PROBES, hadamard_order
 from fmkernels.ops.sample_path import STORE_X0, STORE_Z, PathArguments
 from fmkernels.triton_kernels import KERNELS, _tile, marginal_field, runge_kutta_step
+from fmkernels.triton_kernels._probe_math import hadamard_word
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -271,6 +274,13 @@ PROBE_FACTORS = {
 }  # fmt: skip
 
 
+@triton.jit
+def hadamard_words(c, word, out):
+    i = tl.arange(0, 64)
+    words = hadamard_word(tl.load(c + i).to(tl.uint32), tl.load(word + i).to(tl.uint32))
+    tl.store(out + i, words.to(tl.int64))
+
+
 def has_probes(labels):
     level = {name: PROBE_FACTORS[name][label] for name, label in labels.items()}
     return labels["distribution"] != "hadamard" or level["first_probe"] + 2 <= hadamard_order(level["columns"])
@@ -293,6 +303,15 @@ def test_probes(labels, monkeypatch):
     slack = 8 * torch.finfo(F64 if dtype == F64 else F32).eps * terms.abs().sum(2)
     for sums in tilings(monkeypatch, columns, lambda: op("probe_dot")(KEY, values, distribution, first, FIRST_ROW)):
         assert_within(sums, terms.sum(2), slack)
+
+
+def test_words_of_a_hadamard_matrix():
+    """Far along a row too, where no test of a whole op reaches."""
+    c, word = torch.randint(2**30, (64,)), torch.randint(2**25, (64,))
+    out = torch.empty(64, dtype=torch.int64)
+    hadamard_words[(1,)](c, word, out)
+    for column, w, bits in zip(c.tolist(), word.tolist(), out.tolist()):
+        assert bits == sum(((32 * w + lane) & column).bit_count() % 2 << lane for lane in range(32))
 
 
 def test_a_guided_velocity_that_is_constant_is_not_rescaled():
