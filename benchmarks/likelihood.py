@@ -10,6 +10,7 @@ takes, beside other estimators. Candidates take turns, and a ratio is the median
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -18,9 +19,8 @@ from dataclasses import dataclass
 import torch
 
 import fmkernels as fmk
-from fmkernels import _registration
 
-from .measure import peak_bytes, ratio, synchronize, timing
+from .measure import failure, head_of, in_turns, peak_bytes, ratio, synchronize, timing
 
 TOLERANCE = 1e-5
 WIDTH = 512
@@ -109,31 +109,18 @@ class LikelihoodCase:
         return self.field.calls - before
 
     def measure(self, peers=None, seconds: float = 2.0) -> dict:
-        row = {
-            "op": self.op,
-            "size": self.size,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "backend": _registration.answering("probe_dot", self.device.type),
-            "threads": torch.get_num_threads(),
-        }
+        row = head_of(self, "probe_dot")
         with torch.no_grad():
             try:
                 self.verify()
             except Exception as error:  # whatever a broken solve raises, it has no speed
-                return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                return row | failure(error)
             wanted = {name: call for name, call in self.peers().items() if peers is None or name in peers}
             candidates = {"fmkernels": self.ours, "bare": self.bare, **wanted}
             self.calls = self.evaluations(self.ours)
             calls = {name: self.evaluations(call) for name, call in candidates.items()}
-            spent: dict[str, list[float]] = {name: [] for name in candidates}
-            started = time.perf_counter()
-            for turn in itertools.count():
-                names = list(candidates)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    spent[name].append(self.seconds(candidates[name]))
-                if turn + 1 >= ROUNDS and time.perf_counter() - started > seconds:
-                    break
+            timed = {name: functools.partial(self.seconds, call) for name, call in candidates.items()}
+            spent = in_turns(timed, ROUNDS, seconds)
             more = self.extras(candidates)
             row["peak_bytes"] = peak_bytes(self.ours, self.device)
         ours = spent["fmkernels"]

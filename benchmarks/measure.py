@@ -222,6 +222,35 @@ def timing(seconds: list[float]) -> dict:
     return {"median_s": statistics.median(seconds), "iqr_s": third - first}
 
 
+def head_of(case, kernel: str) -> dict:
+    """What a row of the results begins with; ``kernel`` is the op whose backend it names."""
+    return {
+        "op": case.op,
+        "size": case.size,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "device": case.device.type,
+        "backend": _registration.answering(kernel, case.device.type),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def failure(error: Exception) -> dict:
+    """Why a case has no speed."""
+    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def in_turns(candidates: dict[str, Callable], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """What each candidate returns, its own seconds, in rounds that each begin with another one."""
+    spent: dict[str, list[float]] = {name: [] for name in candidates}
+    names, started = list(candidates), time.perf_counter()
+    for turn in itertools.count():
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            spent[name].append(candidates[name]())
+        if turn + 1 >= rounds and time.perf_counter() - started > seconds:
+            return spent
+
+
 def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 

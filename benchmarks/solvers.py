@@ -7,7 +7,6 @@ They do not take equal steps (torchode and ``solve`` give each row its own), whi
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 import torch
 
 import fmkernels as fmk
-from fmkernels import _registration
 
-from .measure import ratio, timing
+from .measure import failure, head_of, in_turns, ratio, synchronize, timing
 
 TOLERANCE = 1e-5
 OUTPUTS = 50
+ROUNDS = 7
 DORMAND_PRINCE_PASSES = 41  # docs/cost.md: tensors of the state's size that a step reads or writes
 
 
@@ -94,43 +93,26 @@ class SolverCase:
     def outside(self, solve: Callable, y0) -> tuple[float, int]:
         """Seconds outside f per six evaluations, and evaluations."""
         field = TimedField(self.problem)
-        self.synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         solve(field, y0)
-        self.synchronize()
+        synchronize(self.device)
         whole = time.perf_counter() - start
         return (whole - field.seconds) / field.calls * 6, field.calls
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def measure(self, peers=None, seconds: float = 2.0) -> dict:
-        row = {
-            "op": self.op,
-            "size": self.size,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "backend": _registration.answering("runge_kutta_stage", self.device.type),
-            "threads": torch.get_num_threads(),
-        }
+        row = head_of(self, "runge_kutta_stage")
         with torch.no_grad():
             try:
                 self.verify()
             except Exception as error:  # whatever a broken solver raises, it has no speed
-                return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                return row | failure(error)
             wanted = {name: call for name, call in self.peers().items() if peers is None or name in peers}
             candidates = {"fmkernels": self.ours, **wanted}
             y0 = self.y0()
-            spent: dict[str, list[float]] = {name: [] for name in candidates}
             calls = {name: self.outside(solve, y0)[1] for name, solve in candidates.items()}
-            started = time.perf_counter()
-            for turn in itertools.count():
-                names = list(candidates)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    spent[name].append(self.outside(candidates[name], y0)[0])
-                if turn >= 6 and time.perf_counter() - started > seconds:
-                    break
+            timed = {name: lambda solve=solve: self.outside(solve, y0)[0] for name, solve in candidates.items()}
+            spent = in_turns(timed, ROUNDS, seconds)
         ours = spent["fmkernels"]
         row |= timing(ours) | {"rounds": len(ours), "calls": calls["fmkernels"]}
         row["peers"] = {
@@ -214,11 +196,11 @@ class SolveLarge(SolverCase):
         pairs = list(zip(tensors, tensors[1:] + tensors[:1], strict=True))
         laps = []
         for _ in range(20):
-            self.synchronize()
+            synchronize(self.device)
             start = time.perf_counter()
             for source, target in pairs:
                 target.copy_(source)
-            self.synchronize()
+            synchronize(self.device)
             laps.append((time.perf_counter() - start) / len(pairs))
         copy = sorted(laps)[len(laps) // 2] / 2 * DORMAND_PRINCE_PASSES
         return {"copy_s": copy, "of_copy": copy / sorted(ours)[len(ours) // 2]}
