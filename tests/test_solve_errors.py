@@ -123,6 +123,7 @@ CASES = [
     (call(gradient="x"), ValueError, "gradient: expected one of 'autograd', 'recorded', 'adjoint', got 'x'"),
     (call(gradient="recorded"), ValueError, "parameters: expected the tensors that gradient='recorded' differentiates, or .* got None"),
     (call(gradient="adjoint"), ValueError, "parameters: expected the tensors that gradient='adjoint' differentiates"),
+    (call(torch.nn.Identity(), gradient="adjoint"), ValueError, "parameters: .* or .* since f is a torch.nn.Module without any; got None"),
     (call(gradient="recorded", parameters=[3]), TypeError, r"parameters\[0\]: expected a torch.Tensor, got int"),
     (call(gradient="recorded", parameters=3), TypeError, "parameters: expected a sequence of tensors, got int"),
     (call(gradient="recorded", parameters=Y), TypeError, "parameters: expected a sequence of tensors, got Tensor"),

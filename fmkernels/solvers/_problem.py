@@ -192,11 +192,11 @@ def parameters_of(f, parameters, gradient) -> tuple[torch.Tensor, ...]:
         return tuple(p for p in parameters if p.requires_grad)
     if gradient == "autograd":
         return ()
-    if isinstance(f, torch.nn.Module):
-        return tuple(p for p in f.parameters() if p.requires_grad)
-    if torch.is_grad_enabled():
+    module = isinstance(f, torch.nn.Module)
+    found = tuple(f.parameters()) if module else ()
+    if not found and torch.is_grad_enabled():  # those that a function uses cannot be seen: they would get no gradient
         raise ValueError(
             f"parameters: expected the tensors that gradient={gradient!r} differentiates, or () for none, since f is "
-            "not a torch.nn.Module; got None"
+            f"{'a torch.nn.Module without any' if module else 'not a torch.nn.Module'}; got None"
         )
-    return ()
+    return tuple(p for p in found if p.requires_grad)

@@ -103,7 +103,8 @@ def solve(
         gradient: "autograd" records every operation; "recorded" keeps one state a step and takes the accepted steps
             again in the backward, with equal gradients; "adjoint" integrates the adjoint equation backward in constant
             memory.
-        parameters: what "recorded" and "adjoint" differentiate besides y0 and times; those of f where f is a Module.
+        parameters: what "recorded" and "adjoint" differentiate besides y0 and times, () for nothing; None takes those
+            of f, a Module that has some.
         dense: let the result be called at any time (keeps every step's values of f).
         record_steps: return the times of the steps.
         norm_columns: how many of a row's leading numbers step control looks at, in errors and first steps; None takes
