@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
+import contract_conditional_flow
 import contract_marginal
 import contract_ode
 import contract_probe
@@ -535,7 +536,7 @@ SCALE_INPLACE = Op("_scale_gradient_", SCALE_FACTORS, make_scale, scale_oracle, 
 
 OPS = (
     NOISE, SAMPLE_PATH, FORWARD, MATCHING_LOSS, SCALE, SCALE_INPLACE, *contract_ode.OPS, *contract_probe.OPS,
-    *contract_marginal.OPS,
+    *contract_marginal.OPS, contract_conditional_flow.CONDITIONAL_FLOW,
 )  # fmt: skip
 
 

@@ -109,7 +109,8 @@ class Launch:
             if kind == "constexpr":
                 constants[(index,)] = value
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": self.constants["num_warps"], "enable_fp_fusion": True}
+        fusion = self.constants.get("fp_fusion", True)
+        options = {"num_warps": self.constants["num_warps"], "enable_fp_fusion": fusion}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -158,6 +159,15 @@ def guided(dtype, velocity=None, rescale=0.0, per_row=False):
     velocity = empty(ROWS, COLUMNS, dtype=velocity or dtype)
     coefficient = empty(ROWS) if per_row else None
     guided_euler(empty(ROWS, COLUMNS, dtype=dtype), velocity, velocity, coefficient, coefficient, -0.1, 7.5, rescale)
+
+
+def flow(dtype, form="linear", rows=ROWS, columns=COLUMNS):
+    from fmkernels.triton_kernels.conditional_flow import FORMS, conditional_flow
+
+    x = empty(rows, columns, dtype=dtype)
+    compute = torch.float64 if dtype == torch.float64 else F32
+    noise = None if form == "affine" else x
+    conditional_flow(x, x, noise, empty(rows, 4, dtype=compute), FORMS[form])
 
 
 def probe(dtype, distribution=0, rows=ROWS, columns=COLUMNS):
@@ -215,6 +225,8 @@ KERNELS = {
     "loss, store": (lambda dtype: loss(dtype, x0=True), 3, 1),
     "scale": (scale, 1, 1),
     "guided": (guided, 3, 1),
+    "flow": (flow, 3, 2),
+    "flow, affine": (lambda dtype: flow(dtype, "affine"), 2, 2),
     "probe": (probe, 0, 1),
     "probe dot": (probe_dot, 1, 0),
     "stage": (stage, 7, 1),
@@ -228,6 +240,9 @@ MORE = {
     "loss, f64": lambda: loss(torch.float64),
     "loss, bf16 prediction": lambda: loss(F32, prediction=BF16),
     "loss, mask a run": lambda: loss(F32, mask=(ROWS, COLUMNS // 4)),
+    "flow, target": lambda: flow(BF16, "target"),
+    "flow, target, f64": lambda: flow(torch.float64, "target"),
+    "flow, short rows": lambda: flow(F32, "bridge", 1 << 20, 2),
     "probe, normal": lambda: probe(BF16, 1),
     "probe, Hadamard": lambda: probe(torch.float64, 2),
     "probe, short rows": lambda: probe(F32, 2, 1 << 20, 3),
@@ -368,6 +383,16 @@ def test_variants_compile(name, launches, tmp_path):
     for launch in launches(MORE[name]):
         used = resources(launch.compile(90), tmp_path, stack=16 * ("step" in name))
         print(f"\n{name:25} {launch.kernel.__name__:22} {used['REG']} registers", end="")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["target", "bridge", "trigonometric"])
+def test_conditional_flow_is_rounded_as_written(form, launches, tmp_path):
+    """No multiplication is fused with an addition, neither by Triton nor by ptxas: what divides has its own code."""
+    (launch,) = launches(flow, F32, form)
+    compiled = launch.compile(90)
+    assert "fma.rn.f32" not in compiled.asm["ptx"]
+    assert ("FFMA" in cuobjdump(compiled, "-sass", tmp_path)) == (form == "target")
 
 
 def test_every_kernel_is_compiled(launches):

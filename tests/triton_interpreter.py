@@ -18,6 +18,7 @@ from test_contract import check_values
 import fmkernels as fmk
 from fmkernels import _registration
 from fmkernels.objectives import RHOS, Objective
+from fmkernels.ops.conditional_flow import FORMS
 from fmkernels.ops.matching_loss import MatchingLoss, gradient_factor
 from fmkernels.ops.noise import DISTRIBUTIONS, noise_reference
 from fmkernels.ops.probe import PROBES, hadamard_order
@@ -266,6 +267,24 @@ def test_guided_euler(labels, monkeypatch):
         assert (value.shape, value.dtype, value.stride()) == (x.shape, x.dtype, x.stride())
         assert_within(value, want, slack, ulps=0.51)
         assert level["rescale"] or torch.equal(value, whole)
+
+
+FLOW_FACTORS = {"form": FORMS, "dtype": DTYPES, "columns": COLUMNS}
+
+
+@pytest.mark.parametrize(
+    "labels", pairwise(FLOW_FACTORS, lambda labels: True), ids=lambda labels: "-".join(labels.values())
+)
+def test_conditional_flow(labels, monkeypatch):
+    """The reference's numbers, to the bit: every operation is rounded as it stands."""
+    form, dtype, columns = (FLOW_FACTORS[name][label] for name, label in labels.items())
+    x0, x1, noise = torch.randn(3, ROWS, columns).to(dtype)
+    coefficients = 0.2 + torch.rand(ROWS, 4, dtype=F64 if dtype == F64 else F32)
+    arguments = (x0, x1, None if form == FORMS["affine"] else noise, coefficients, form)
+    want = _registration.references["conditional_flow"](*arguments)
+    for values in tilings(monkeypatch, columns, lambda: op("conditional_flow")(*arguments)):
+        for value, wanted in zip(values, want, strict=True):
+            assert value.dtype == wanted.dtype and torch.equal(value, wanted)
 
 
 PROBE_FACTORS = {

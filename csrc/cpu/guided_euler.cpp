@@ -1,4 +1,12 @@
 // guided_euler: x + h (v_u + w (v_c - v_u)) in one pass; with rescaling the spread of each row is taken first.
+//
+// Rounded as written: an unguided step must be x + h v as a program in plain PyTorch rounds it, to the bit.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include "math/guidance.h"
 #include "stage.h"
 #include "tile.h"

@@ -33,7 +33,8 @@ def guided_euler(
         rescale: φ in [0, 1]; above 0 it needs at least two elements a row.
 
     Returns: a new contiguous tensor of x's shape and dtype, computed in float32 (float64 where a tensor with elements
-    is) and rounded once.
+    is) and rounded once. On the CPU no multiplication is contracted with an addition: with the same velocity twice and
+    scale 1 the result is that of x + h·v in PyTorch, in float32 and float64 to the bit.
 
     Gradients flow to x, both velocities, h and scale, by the reference formula.
 
@@ -55,7 +56,7 @@ def guided_euler(
     if _registration.eager() and not _registration.requires_grad(*arguments[:5]):
         with _registration.below_autograd():  # what the Autograd-key kernel would decide, without its cost
             return _op(*arguments)
-    return torch.ops.fmkernels.guided_euler(*arguments)
+    return _registration.ops.guided_euler(*arguments)
 
 
 def check(x, conditional, unconditional) -> None:
@@ -142,7 +143,7 @@ def guided_euler_autograd(x, conditional, unconditional, h, scale, *rest):
     if _registration.transforming() or _registration.requires_grad(*arguments[:5]):
         return guided_euler_reference(*arguments)
     with _registration.below_autograd():
-        return torch.ops.fmkernels.guided_euler(*arguments)
+        return _registration.ops.guided_euler(*arguments)
 
 
 _registration.define(SCHEMA, guided_euler_reference, guided_euler_fake)

@@ -17,6 +17,7 @@ KERNELS = {  # op -> module and function
     "_matching_loss_forward": ("matching_loss", "matching_loss_forward"),
     "_scale_gradient": ("matching_loss", "scale_gradient"),
     "_scale_gradient_": ("matching_loss", "scale_gradient_"),
+    "conditional_flow": ("conditional_flow", "conditional_flow"),
     "guided_euler": ("guided_euler", "guided_euler"),
     "marginal_field": ("marginal_field", "marginal_field"),
     "probe": ("probe", "probe"),
@@ -27,7 +28,10 @@ KERNELS = {  # op -> module and function
 
 
 # On a GPU Triton alone serves these.
-WITHOUT_CUDA = ("guided_euler", "marginal_field", "probe", "probe_dot", "runge_kutta_stage", "_runge_kutta_step_")
+WITHOUT_CUDA = (
+    "conditional_flow", "guided_euler", "marginal_field", "probe", "probe_dot", "runge_kutta_stage",
+    "_runge_kutta_step_",
+)  # fmt: skip
 
 
 def register(device_type: str, ops: Iterable[str] = tuple(KERNELS)) -> None:

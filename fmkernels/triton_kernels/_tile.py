@@ -65,13 +65,13 @@ class Tile:
         }
 
 
-def launch(kernel, programs: int, *arguments, device: torch.device, **constants) -> None:
+def launch(kernel, programs: int, *arguments, device: torch.device, fp_fusion: bool = True, **constants) -> None:
     """Run ``programs`` programs of a kernel on ``device``. Triton launches on the current device, and its default for
     the fusion of multiplications and additions changes between versions: both are pinned here."""
     if programs == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)
+        kernel[(programs,)](*arguments, enable_fp_fusion=fp_fusion, **constants)
 
 
 @triton.jit
