@@ -6,6 +6,7 @@ code when it changes, and no figure is typed by hand.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import sys
@@ -16,7 +17,10 @@ import torch
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT))  # run by its path, from a checkout that may not be installed
+DROP_IN = ROOT / "examples" / "drop_in"
+sys.path[:0] = [str(ROOT), str(DROP_IN)]  # run by its path, from a checkout that may not be installed
+
+import compare as drop_in  # noqa: E402
 
 import fmkernels as fmk  # noqa: E402
 from benchmarks import likelihood, solvers  # noqa: E402
@@ -209,7 +213,38 @@ def step_sizes(pyplot, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def velocities(pyplot, path: Path) -> None:
+    """Conditional velocities at a few points as lines to the data they head for, and the marginal as their mean."""
+    turn = torch.arange(7) * (2 * torch.pi / 7)
+    data = torch.stack([turn.cos(), turn.sin()], dim=1).double() * torch.tensor([2.0, 1.4])
+    exact = fmk.MarginalField(data)
+    axis = torch.linspace(-2.4, 2.4, 17, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis * 0.75)
+    shown = torch.tensor([[-0.9, -0.5], [0.5, 0.9], [1.3, -0.35]], dtype=torch.float64)
+    figure, axes = pyplot.subplots(1, 3, figsize=(12.6, 3.9), sharey=True, layout="constrained")
+    for panel, t in zip(axes, (0.1, 0.5, 0.8)):
+        # CondOT's velocities, times what is left of the time, end where x would arrive: at a point, or at their mean.
+        field = (exact(t, grid) * (1 - t)).T
+        panel.quiver(*grid.T, *field, color="#c9d8ee", angles="xy", scale_units="xy", scale=6.5, width=0.004)
+        share = (-(shown[:, None] - t * data).square().sum(-1) / (2 * (1 - t) ** 2)).softmax(-1)
+        for start, shares, mean in zip(shown, share, exact.posterior_mean(t, shown)):
+            for end, weight in zip(data, shares):
+                panel.plot(
+                    *torch.stack([start, end]).T, color="#111827", alpha=0.08 + 0.7 * float(weight), linewidth=1.3
+                )
+            panel.annotate("", mean, start, arrowprops={"arrowstyle": "-|>", "color": BLUE, "linewidth": 2.2})
+        panel.scatter(*data.T, color=ORANGE, s=42, zorder=3)
+        panel.scatter(*shown.T, color=BLUE, s=26, zorder=3)
+        panel.set(title=f"t = {t:g}", aspect="equal", xlim=(-2.5, 2.5), ylim=(-1.9, 1.9), xticks=[], yticks=[])
+    dot = pyplot.Line2D([], [], color=ORANGE, marker="o", linestyle="")
+    handles = [dot, pyplot.Line2D([], [], color="#111827", alpha=0.5), pyplot.Line2D([], [], color=BLUE)]
+    words = ["data", "velocity towards one of them, darker where likelier", "their mean, the marginal velocity"]
+    figure.legend(handles, words, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=130)
+
+
 PICTURES = {
+    "velocities.png": velocities,
     "schedules.png": schedules,
     "timesteps.png": timesteps,
     "weights.png": weights,
@@ -347,25 +382,88 @@ def likelihood_numbers(document: dict) -> list[str]:
     return [provenance(document, likelihood.INSTALLED), *parts] if parts else []
 
 
-SECTIONS = {"head": head_numbers, "ops": op_numbers, "solvers": solver_numbers, "likelihood": likelihood_numbers}
+# What the page of the peers shows: the case, its size, and what it is in words.
+AGAINST_PEERS = (
+    ("head", "256x2", "training head"),
+    ("head", "256x784", "training head"),
+    ("head", "128x12288", "training head"),
+    ("odeint", "256x2", "`odeint`, outside f"),
+    ("solve", "256x2", "`solve`, outside f"),
+    ("solve_large", "4096x256", "`solve`, outside f"),
+    ("log_prob", "256x3072", "`log_prob`"),
+)
+PEERS = ("torchcfm", "flow_matching", "torchdiffeq", "torchode", "torch.compile")
+
+
+def peer_numbers(document: dict) -> list[str]:
+    """How many times as long each peer takes, case by case in float32."""
+    body = []
+    for op, size, words in AGAINST_PEERS:
+        for row in document["results"]:
+            if "error" in row or (row["op"], row["size"], row["dtype"]) != (op, size, "float32"):
+                continue
+            rivals = fastest(row)
+            body.append([words, size.replace("x", " × "), *(ratio(rivals.get(name)) for name in PEERS)])
+            if "tighter" in rivals:  # ours at a tenth of the tolerance, which is about as accurate as the others
+                fair = {name: {"ratio": rivals[name]["ratio"] / rivals["tighter"]["ratio"]} for name in rivals}
+                words = f"{words}, equally accurate"
+                body.append([words, size.replace("x", " × "), *(ratio(fair.get(name)) for name in PEERS)])
+    if not body:
+        return []
+    source = f"[{document['file']}](../benchmarks/results/{document['file']})"
+    return [f"{provenance(document, PEERS)} {source}", markdown(["job", "batch", *PEERS], body)]
+
+
+def drop_in_numbers(document: dict) -> list[str]:
+    """The scripts before and after: how far their training is apart, and what head and sampler take."""
+    parts = [provenance(document, ("torchcfm", "flow_matching", "torchdiffeq", "diffusers"))]
+    parts.append(markdown(*drop_in.curve_table(document["curves"]), left=1))
+    parts.append("Head, everything of a step but network and optimiser:")
+    parts.append(markdown(*drop_in.time_table(document["heads"]), left=2))
+    parts.append("Sampler, everything but the field:")
+    parts.append(markdown(*drop_in.time_table(document["samplers"]), left=2))
+    return parts
+
+
+SECTIONS = {
+    "head": head_numbers,
+    "ops": op_numbers,
+    "solvers": solver_numbers,
+    "likelihood": likelihood_numbers,
+    "peers": peer_numbers,
+    "drop_in": drop_in_numbers,
+}
 NOTHING = 'No results are committed yet; `make bench ARGS="--json"` measures and writes them.'
 
 
 def numbers(section: str, results: Path = RESULTS) -> str:
     """What stands between the markers of a section, from every committed results file."""
-    documents = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    paths = [DOCS / "experiments" / "drop_in.json"] if section == "drop_in" else sorted(results.glob("*.json"))
+    documents = [json.loads(path.read_text()) | {"file": path.name} for path in paths]
     parts = [part for document in documents for part in SECTIONS[section](document)]
     if parts and section == "head" and (DOCS / "speedup.png").exists():
         parts.append("![Time of each peer's head relative to fmkernels](docs/speedup.png)")
     return "\n\n".join(parts or [NOTHING])
 
 
+def difference(before: str, after: str) -> str:
+    """What changes from one script of examples/drop_in to another, as a block of Markdown."""
+    old, new = ((DROP_IN / f"{name}.py").read_text().splitlines() for name in (before, after))
+    lines = difflib.unified_diff(old, new, f"{before}.py", f"{after}.py", n=1, lineterm="")
+    return "\n".join(["```diff", *lines, "```"])
+
+
 def filled(text: str, results: Path = RESULTS) -> str:
-    """A page with the numbers of every ``<!-- numbers: SECTION -->`` … ``<!-- end of numbers -->`` filled in."""
+    """A page with the numbers of every ``<!-- numbers: SECTION -->`` … ``<!-- end of numbers -->`` filled in, and the
+    difference of every ``<!-- diff: BEFORE AFTER -->`` … ``<!-- end of diff -->``."""
 
     def fill(match: re.Match) -> str:
         return f"{match[1]}\n{numbers(match[2], results)}\n{match[3]}"
 
+    def compared(match: re.Match) -> str:
+        return f"{match[1]}\n{difference(match[2], match[3])}\n{match[4]}"
+
+    text = re.sub(r"(<!-- diff: (\w+) (\w+) -->).*?(<!-- end of diff -->)", compared, text, flags=re.DOTALL)
     return re.sub(r"(<!-- numbers: (\w+) -->).*?(<!-- end of numbers -->)", fill, text, flags=re.DOTALL)
 
 
