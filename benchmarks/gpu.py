@@ -1,8 +1,9 @@
 """All that a GPU can show, in one go: python benchmarks/gpu.py --out DIR
 
-Builds in place, runs the contract suite with the Triton and the CUDA kernels, compute-sanitizer on a small run, and the
-benchmarks of both backends. Runs unattended and offline, with whatever Python, torch and triton it finds, in under ten
-minutes. A step that fails or takes too long does not stop the next. DIR gets log.txt, summary.json and the results.
+Builds in place, verifies, runs the contract suite with the Triton and the CUDA kernels, compute-sanitizer on a small
+run, and the benchmarks of both backends. Runs unattended and offline, with whatever Python, torch and triton it finds,
+in under ten minutes. A step that fails or takes too long does not stop the next. DIR gets log.txt, summary.json and the
+results.
 
 Exit status: 0 if every step passed, 1 if one failed, 2 if there is no GPU or no fitting torch.
 """
@@ -149,6 +150,9 @@ def run(out: Path) -> int:
     build = {"FMK_CUDA": "1" if here["nvcc"] else "0", "TORCH_CUDA_ARCH_LIST": here["capability"]}
     built = steps.run("build", [python, "setup.py", "build_ext", "--inplace"], 200, **build)
     steps.run("info", [python, "-m", "fmkernels", "info"], 40)
+
+    verify = [python, "-m", "fmkernels", "verify", "--device", "cuda", "--json", str(steps.out / "verify.json")]
+    steps.run("verify", verify, 120)
 
     missing = {
         "triton": "" if here["triton"] else "no triton",

@@ -30,6 +30,7 @@ from fmkernels import _registration
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every run on stderr otherwise
 
 OURS, COPY, BASELINE = "fmkernels", "copy", "baseline"  # every other candidate is a peer
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 LAP = 4e-3  # seconds that a candidate runs for in one round; a faster one is called several times
 ROUNDS = (7, 300)  # at least, at most
 SETS = 64  # tensor sets to rotate over, at most
@@ -217,6 +218,10 @@ def family(peer: str) -> str:
     return peer.split(",")[0]
 
 
+def short(dtype: str) -> str:
+    return next(name for name, long in SHORT.items() if long == dtype)
+
+
 def timing(seconds: list[float]) -> dict:
     first, _, third = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {"median_s": statistics.median(seconds), "iqr_s": third - first}
@@ -261,6 +266,7 @@ def results(case: Case, race: Race) -> dict:
     ours, copy, baseline = seconds[OURS], seconds[COPY], seconds.get(BASELINE)
     figures = timing(ours) | {"rounds": len(ours), "calls": race.calls[OURS]}
     figures["gb_per_s"] = case.bytes / figures["median_s"] / 1e9
+    figures["copy_s"] = statistics.median(copy)
     figures["copy_gb_per_s"] = case.bytes / min(copy) / 1e9  # its best: what the memory can do
     figures["of_copy"] = figures["gb_per_s"] / figures["copy_gb_per_s"]
     if figures["of_copy"] > LIMIT[case.device.type]:

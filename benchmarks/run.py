@@ -8,20 +8,23 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
 
 from fmkernels import _info, _registration
 
-from . import head, likelihood, marginal, peers, probes, sampling, solvers
-from .measure import family, measure
+from . import conditional_flow, head, likelihood, marginal, peers, probes, sampling, solvers
+from .compare import SCHEMA, compare, load
+from .machine import Machine
+from .measure import SHORT, family, measure, short
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-OPS = head.OPS | sampling.OPS | probes.OPS | marginal.OPS | solvers.OPS | likelihood.OPS
+OPS = head.OPS | conditional_flow.OPS | sampling.OPS | probes.OPS | marginal.OPS | solvers.OPS | likelihood.OPS
 FAMILIES = tuple(dict.fromkeys((*peers.FAMILIES, *solvers.FAMILIES, *likelihood.FAMILIES)))
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 def words(text: str) -> list[str]:
@@ -61,20 +64,51 @@ def device(text: str) -> torch.device:
 def parser(prog: str | None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog=prog,
-        description="Measure every op here against its peers: verified first, timed in turn with them and with a copy. "
-        "Several values are separated by commas.",
+        description="Measure every op here against its peers: verified first, then timed in turn with them and with a "
+        "copy of the same size. Without options that is everything, most of an hour on two cores; --quick takes 2 "
+        "minutes.",
+        epilog="Several values are separated by commas. Peers that are not installed are left out. Exit status 1 where "
+        "an op fails its check. CONTRIBUTING.md says how to read the tables.",
     )
+    found.add_argument("--quick", action="store_true", help="one size an op, fp32, short rounds, without torch.compile")
     found.add_argument("--op", type=one_of(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
     found.add_argument("--size", type=sizes, metavar="RxC", help="rows x columns, such as 256x784")
     found.add_argument("--dtype", type=dtypes, metavar="TYPE", help="fp32, bf16, fp16 or fp64; fp32,bf16 unless given")
-    found.add_argument("--peers", type=one_of([*FAMILIES, "none"]), help=f"of {', '.join(FAMILIES)}, or none")
+    found.add_argument(
+        "--peers", type=one_of([*FAMILIES, "none"]), metavar="PEER", help=f"of {', '.join(FAMILIES)}, or none"
+    )
     found.add_argument("--device", type=device, default=None, help="cpu or cuda; cuda where there is one")
     found.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    found.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: 2)")
+    found.add_argument("--seconds", type=float, help="time for the rounds of a case (default: 2; 0.5 with --quick)")
     found.add_argument(
         "--json", nargs="?", const="", metavar="FILE", help="write the results; without FILE to benchmarks/results"
     )
+    found.add_argument(
+        "--plot", nargs="?", const="out", metavar="FOLDER", help="draw roofline.png and speedup.png (default: into out)"
+    )
+    found.add_argument("--from", dest="source", type=Path, metavar="FILE", help="plot these results; measure nothing")
+    found.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two result files; measure nothing"
+    )
+    found.add_argument(
+        "--fail-on-regression", type=float, metavar="PERCENT", help="with --compare: exit status 1 where something is "
+        "slower by more than this, and beyond the spread",
+    )  # fmt: skip
     return found
+
+
+QUICK_SIZE = "256x784"
+UNHURRIED = ("log_prob", "marginal_field")  # ops left out of --quick unless asked for
+
+
+def quickest(cases: list, asked: bool) -> list:
+    """A case of each op, in fp32: of the usual small size, else its first."""
+    found: dict = {}
+    for case in cases:
+        if case.dtype == torch.float32 and (asked or case.op not in UNHURRIED):
+            if case.op not in found or case.size == QUICK_SIZE:
+                found[case.op] = case
+    return list(found.values())
 
 
 class Session:
@@ -85,8 +119,15 @@ class Session:
         where = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.peers, self.seconds, self.show = where, options.peers, options.seconds, show
         wanted = where, options.op, options.size, options.dtype
-        modules = (head, sampling, probes, marginal, solvers, likelihood)
+        modules = (head, conditional_flow, sampling, probes, marginal, solvers, likelihood)
         self.cases = [case for module in modules for case in module.cases(*wanted)]
+        if options.quick:
+            self.cases = self.cases if options.size or options.dtype else quickest(self.cases, bool(options.op))
+            if self.peers is None:
+                self.peers = [name for name in FAMILIES if name != "torch.compile"]
+        self.seconds = (0.5 if options.quick else 2.0) if self.seconds is None else self.seconds
+        self.machine = Machine(where)
+        self.bar = bar(len(self.cases))
         self.rows: list[dict] = []
         self.path = None  # of the results
         if options.json is not None:
@@ -96,15 +137,47 @@ class Session:
 
     def measure(self, case, **how) -> dict:
         """Measure a case, keep its row, write what there is so far, and say so."""
+        if self.bar is not None:
+            self.bar.set_description_str(str(case))
         if isinstance(case, (solvers.SolverCase, likelihood.LikelihoodCase)):
             row = case.measure(self.peers, self.seconds)
         else:
             row = measure(case, self.peers, self.seconds, **how)
+        row["pause_s"] = self.machine.pause()
         self.rows.append(row)
         if self.path:
             self.path.write_text(json.dumps(document(self), indent=1, ensure_ascii=False) + "\n")
-        self.show(f"  [{len(self.rows)}/{len(self.cases)}] {case}: {row.get('error') or duration(row['median_s'])}")
+        spent = time.perf_counter() - self.machine.started
+        left = spent / len(self.rows) * (len(self.cases) - len(self.rows))
+        place = f"[{len(self.rows)}/{len(self.cases)}, {clock(left)} left]"
+        said = f"  {place} {case}: {row.get('error') or duration(row['median_s'])}"
+        if self.bar is None:
+            self.show(said, flush=True)
+        else:
+            self.bar.write(said)
+            self.bar.update()
         return row
+
+
+def bar(total: int):
+    """A progress bar on a terminal; None elsewhere, or without tqdm."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="case", leave=False, smoothing=0)
+
+
+def clock(seconds: float) -> str:
+    """A time to wait: "40 s", "12 min"."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def guess(session: Session) -> float:
+    """Seconds that the cases may take, from what they took on two cores: compiling peers is most of it."""
+    compiles = session.peers is None or "torch.compile" in session.peers
+    slow = {"log_prob": 120.0, "marginal_field": 150.0, "divergence": 20.0}
+    return sum(slow.get(case.op, 2 * session.seconds + 4 + 10 * compiles) for case in session.cases)
 
 
 def duration(seconds: float) -> str:
@@ -118,10 +191,6 @@ def amount(count: int | None) -> str:
         if count >= scale:
             return f"{count / scale:.4g} {unit}"
     return f"{count} B"
-
-
-def short(dtype: str) -> str:
-    return next(name for name, long in SHORT.items() if long == dtype)
 
 
 def count(number: float | None) -> str:
@@ -230,10 +299,12 @@ def document(session: Session) -> dict:
     """The results as JSON: nothing of the machine but its device."""
     facts = _registration.build_facts()
     return {
+        "schema": SCHEMA,
         "device": _info.device_name(session.device.type),
         "versions": _info.versions("flow_matching", "torchcfm", "torchdiffeq", "torchode"),
         "build": {name: facts.get(name) for name in ("compiler", "nvcc", "cuda_arch_list", "flags")},
         "commit": commit(),
+        "machine": session.machine.report(),
         "results": session.rows,
     }
 
@@ -258,11 +329,40 @@ def run(session: Session) -> None:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     options = parser(prog).parse_args(argv)
+    if options.compare:
+        return compare(*options.compare, options.fail_on_regression)
+    if options.fail_on_regression is not None:
+        parser(prog).error("--fail-on-regression: expected with --compare OLD NEW")
+    if options.source:
+        return draw(load(options.source), options.plot or "out")
     session = Session(options)
     if not session.cases:
         parser(prog).error("no case is of that op, size and device")
+    wait = guess(session)
+    hint = "; --quick is shorter" if wait > 300 and not options.quick else ""
+    print(f"{_info.device_name(session.device.type)}: {len(session.cases)} to measure, some {clock(wait)}{hint}")
     run(session)
+    if session.bar is not None:
+        session.bar.close()
     show(session.rows)
     if session.path:
         print(f"written: {session.path}")
+    if options.plot:
+        draw(document(session), options.plot)
+    for text in session.machine.report()["warnings"]:
+        print(f"warning: the machine is noisy: {text}")
     return int(any("error" in row for row in session.rows))
+
+
+def draw(results: dict, folder: str) -> int:
+    """The pictures of results, where there is anything to draw them with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("fmkernels: --plot needs matplotlib (pip install matplotlib)")
+        return 2
+    from . import plot
+
+    for picture in (plot.roofline, plot.speed_ups):
+        path = Path(folder) / plot.FILES[picture.__name__]
+        if picture(results, path):
+            print(f"written: {path}")
+    return 0

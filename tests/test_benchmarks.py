@@ -1,6 +1,7 @@
 """The benchmarks: they verify before they time, count what they say, and refuse figures that cannot be."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +12,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fmkernels as fmk  # noqa: E402
-from benchmarks import gpu, head, likelihood, marginal, measure, peers, plot, probes, run, sampling  # noqa: E402
+from benchmarks import (  # noqa: E402
+    compare,
+    conditional_flow,
+    gpu,
+    head,
+    likelihood,
+    machine,
+    marginal,
+    measure,
+    peers,
+    plot,
+    probes,
+    run,
+    sampling,
+)
 
 CPU = torch.device("cpu")
-OPS = head.OPS | sampling.OPS | probes.OPS
+OPS = head.OPS | sampling.OPS | probes.OPS | conditional_flow.OPS
 
 
 def tiny(op="head", rows=16, columns=8, dtype=torch.float32):
@@ -27,6 +42,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(measure, "LAP", 1e-5)
     monkeypatch.setattr(measure, "ROUNDS", (3, 3))
     monkeypatch.setattr(measure, "SETS", 2)
+    monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1000})
     monkeypatch.setattr(measure, "LIMIT", {"cpu": 1e9})
 
 
@@ -84,8 +100,14 @@ def test_command_runs_pytest_benchmark_and_writes_results(quick, tmp_path, capsy
     assert row["peers"]["eager"]["ratio_less_baseline"] > 0
     assert results["versions"]["torch"] == torch.__version__
     assert str(ROOT) not in path.read_text()
+    assert results["machine"].keys() >= {"copy_jitter", "copy_drift", "loop_jitter", "warnings"}
+    assert row["pause_s"] > 0 and row["copy_s"] > 0
     plot.speed_up(results, tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").stat().st_size > 5000
+    for picture in (plot.roofline, plot.speed_ups):
+        assert picture(results, tmp_path / f"{picture.__name__}.png")
+        assert not picture({"device": "a device", "results": [{"op": "head", "error": "wrong"}]}, tmp_path / "none.png")
+    assert all(picture.stat().st_size > 5000 for picture in tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_one_core_is_one_core(quick):
@@ -125,6 +147,16 @@ def test_verification_sees_a_small_mistake(op, monkeypatch):
         monkeypatch.setattr(head, "loss_and_gradient", lambda *a: [1.001 * value for value in formula(*a)])
     with pytest.raises(AssertionError):
         case.verify(case.tensors())
+
+
+@pytest.mark.parametrize("op", conditional_flow.OPS)
+def test_verification_of_a_conditional_flow_sees_a_wrong_velocity(op, monkeypatch):
+    case = tiny(op)
+    case.verify(case.tensors())
+    x_t, u_t = case.ours(b := case.tensors())
+    monkeypatch.setattr(case, "ours", lambda b: (x_t, u_t * 1.001))
+    with pytest.raises(AssertionError):
+        case.verify(b)
 
 
 @pytest.mark.parametrize("op", probes.OPS)
@@ -224,7 +256,7 @@ def test_the_gpu_run_does_all_that_it_finds_tools_for(nvcc, tmp_path, monkeypatc
     for name in on_cuda:
         assert statuses[name] == ("passed" if nvcc else "not run")
     assert statuses.keys() - set(on_cuda) == {
-        "build", "info", "contract, triton", "benchmarks, triton", "benchmarks, torch.compile",
+        "build", "info", "verify", "contract, triton", "benchmarks, triton", "benchmarks, torch.compile",
     }  # fmt: skip
     assert asked["build"][1] == {"FMK_CUDA": "1" if nvcc else "0", "TORCH_CUDA_ARCH_LIST": "9.0"}
     assert asked["contract, triton"][1] == {"FMK_BACKEND": "triton"}
@@ -250,3 +282,172 @@ def test_without_pytest_benchmark_the_same_cases_run(quick, monkeypatch, capsys)
 
 def test_what_the_sanitizer_watches_runs():
     gpu.exercise(str(CPU))
+
+
+def test_several_results_make_pictures_through_the_command(tmp_path, capsys):
+    figures = {"bytes": 10**6, "gb_per_s": 9.0, "copy_gb_per_s": 11.0, "peers": {"eager": {"ratio": 2.0}}}
+    rows = [
+        {"op": op, "size": size, "dtype": dtype, **figures}
+        for op in ("head", "noise", "sample_path", "matching_loss", "probe_dot", "runge_kutta_step")
+        for size, dtype in (("256x2", "float32"), ("32x196608", "bfloat16"))
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"device": "a device", "results": rows}))
+    assert run.main(["--from", str(tmp_path / "results.json"), "--plot", str(tmp_path / "deep")]) == 0
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["roofline.png", "speedup.png"]
+    assert "written" in capsys.readouterr().out
+
+
+def measured(median, spread=0.1, copy=1.0, ratio=4.0, op="noise", **more):
+    figures = {"median_s": median, "iqr_s": spread * median, "copy_s": copy, "peers": {"eager": {"ratio": ratio}}}
+    return {"op": op, "size": "4x4", "dtype": "float32", **figures, **more}
+
+
+def written(path, *rows, **more):
+    path.write_text(json.dumps({"device": "a device", "results": list(rows), **more}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("new", "ratio", "verdict", "status"),
+    [
+        (measured(2.0), "2.00", "slower", 1),
+        (measured(2.0, copy=2.0), "1.00", "", 0),  # all of the machine is slower
+        (measured(1.0, copy=0.5), "2.00", "slower", 1),  # all of the machine is faster, but not this
+        (measured(1.25), "1.25", "slower", 0),  # beyond the spread, but not by 30 %
+        (measured(1.35, spread=0.3), "1.35", "", 0),  # within the spread
+        (measured(0.5), "0.50", "faster", 0),
+    ],
+)
+def test_comparing_two_runs(new, ratio, verdict, status, tmp_path, capsys):
+    files = (
+        written(tmp_path / "old", measured(1.0)),
+        written(tmp_path / "new", {**new, "peers": {"eager": {"ratio": 5}}}),
+    )
+    assert run.main(["--compare", *files, "--fail-on-regression", "30"]) == status
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  noise")]
+    assert line[:3] == ["noise", "4x4", "fp32"] and ratio in line
+    assert (line[3] == verdict) == bool(verdict)
+    assert line[-3:] == ["4.00x", "→", "5.00x"]
+    assert run.main(["--compare", *files]) == 0
+
+
+def test_times_are_relative_to_what_both_runs_have():
+    old, new = measured(1.0, copy_gb_per_s=10.0, pause_s=3.0), measured(2.0, copy_gb_per_s=5.0, pause_s=6.0)
+    for field, name in (("copy_s", "its copy"), ("copy_gb_per_s", "its best copy"), ("pause_s", "a copy after it")):
+        change = compare.change(("noise", "4x4", "float32"), old, new)
+        assert (change.measure, change.ratio) == (name, 2.0 if field == "copy_s" else 1.0)
+        del old[field]
+    assert compare.change(("noise", "4x4", "float32"), old, new).ratio == 2.0
+
+
+def test_what_is_in_one_file_alone_or_failed_is_said(tmp_path, capsys):
+    old = written(
+        tmp_path / "old", measured(1.0), measured(1.0, op="probe"), measured(1.0, op="head"), versions={"torch": "1"}
+    )
+    failed = {"op": "probe", "size": "4x4", "dtype": "float32", "error": "wrong"}
+    new = written(tmp_path / "new", measured(1.0), failed, machine={"warnings": ["busy"]}, versions={"torch": "2"})
+    assert run.main(["--compare", old, new]) == 0
+    printed = capsys.readouterr().out
+    assert "only in the old file, or failed: probe-4x4-float32, head-4x4-float32" in printed
+    assert "note: torch 1 → 2" in printed and "note: the new run was noisy: busy" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("no JSON", "expected JSON that bench --json wrote"),
+        ("[]", 'with "device" and "results"'),
+        (json.dumps({"device": "a device", "results": [], "schema": 99}), "expected schema 1, got 99"),
+        (
+            json.dumps({"device": "another", "results": []}),
+            "expected results of one device, got 'another' and 'a device'",
+        ),
+        (json.dumps({"device": "a device", "results": []}), "no case in common"),
+    ],
+)
+def test_files_that_cannot_be_compared(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "old").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        run.main(["--compare", str(tmp_path / "old"), written(tmp_path / "new", measured(1.0))])
+
+
+def test_a_regression_needs_something_to_compare_with(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--fail-on-regression", "5"])
+    assert "--compare" in capsys.readouterr().err
+
+
+def test_committed_results_can_be_compared():
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert compare.compare(path, path, 0.0) == 0
+
+
+def test_a_noisy_machine_is_said(quick, monkeypatch, capsys):
+    watch = machine.Machine(CPU)
+    watch.laps = {"copy": [[1.0] * 7] * 3, "loop": [[1.0] * 7] * 3}
+    watch.started, watch.ticks, watch.own = 0.0, None, 0.0
+    assert watch.report()["warnings"] == []
+    watch.laps["copy"] = [[1.0] * 7, [1.0] * 7, [1.4] * 7]
+    watch.laps["loop"] = [[1.0] * 5 + [1.2, 1.3]] * 3
+    assert watch.report()["warnings"] == ["the copy drifts by 40% during the run", "laps of one loop differ by 20%"]
+    watch.laps = {"copy": [[1.0] * 7], "loop": [[1.0] * 7]}
+    watch.ticks = (0, 0, 0)
+    monkeypatch.setattr(machine, "processor_ticks", lambda: (1000, 500, 30))
+    monkeypatch.setattr(watch, "own_seconds", lambda: 300 / machine.os.sysconf("SC_CLK_TCK"))
+    assert watch.report()["warnings"] == [
+        "other programs use 20% of the processors", "the host withholds 3% of the processors",
+    ]  # fmt: skip
+    monkeypatch.setattr(machine.Machine, "warnings", lambda self, found: ["it shakes"])
+    assert run.main(["--op", "noise", "--size", "4x4", "--dtype", "fp32", "--seconds", "0", "--device", "cpu"]) == 0
+    assert "warning: the machine is noisy: it shakes" in capsys.readouterr().out
+
+
+def test_clocks_that_are_held_down_are_named(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.torch.cuda, "current_device", lambda: 1)
+    said = subprocess.CompletedProcess([], 0, "0x0000000000000001\n0x0000000000000044\n", "")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: said)
+    assert machine.held_down() == ["power cap", "temperature (hardware)"]
+    said.stdout = "Field is not valid"
+    assert machine.held_down() == []
+
+
+def test_quick_is_a_small_case_of_each_op_without_the_compiler():
+    def session(*options):
+        return run.Session(run.parser(None).parse_args(["--device", "cpu", *options]))
+
+    quick = session("--quick")
+    assert [case.op for case in quick.cases] == [op for op in run.OPS if op not in run.UNHURRIED]
+    assert all(case.dtype == torch.float32 for case in quick.cases)
+    assert {case.size for case in quick.cases if case.op.startswith("head")} == {"256x784"}
+    assert "torch.compile" not in quick.peers and quick.seconds == 0.5
+    assert run.guess(quick) < 300 < run.guess(session())
+    assert [case.op for case in session("--quick", "--op", "log_prob").cases] == ["log_prob"]
+    assert len(session("--quick", "--op", "noise", "--size", "2x2,4x4").cases) == 4
+
+
+def test_progress_says_how_long_it_will_take(quick, capsys):
+    options = ["--op", "noise", "--size", "4x4,8x8", "--dtype", "fp32", "--seconds", "0", "--device", "cpu"]
+    assert run.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 to measure, some" in lines[0]
+    assert [line.split("]")[0] for line in lines[1:3]][1] == "  [2/2, 0 s left"
+    assert run.clock(99) == "99 s" and run.clock(600) == "10 min"
+
+
+def test_no_speed_for_an_op_that_fails_in_the_command(quick, monkeypatch, capsys):
+    monkeypatch.setattr(head.Scale, "ours", lambda self, b: b.gradient.mul_(-1.001))
+    assert run.main(["--op", "scale_gradient", "--size", "4x4", "--dtype", "fp32", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED scale_gradient 4x4 float32: AssertionError" in printed and "GB/s" not in printed
+
+
+def test_peers_that_are_not_installed_are_left_out(quick, monkeypatch):
+    missing = {"torchcfm", "flow_matching", "torchdiffeq", "torchode"}
+    for name in [name for name in sys.modules if name.split(".")[0] in missing] + sorted(missing):
+        monkeypatch.setitem(sys.modules, name, None)
+    cases = run.Session(run.parser(None).parse_args(["--device", "cpu", "--quick", "--op", ",".join(run.OPS)])).cases
+    assert {case.op for case in cases} == set(run.OPS)
+    assert not any(measure.family(name) in missing for case in cases for name in case.peers())

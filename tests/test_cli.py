@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from fmkernels import __main__ as cli
-from fmkernels import _info, _registration
+from fmkernels import _info, _registration, verification
 
 
 def test_help_names_every_command(capsys):
@@ -54,10 +55,7 @@ def test_build_facts_come_from_the_loaded_library():
         assert {"torch", "compiler", "flags"} <= facts.keys()
 
 
-@pytest.mark.parametrize(
-    ("command", "path"),
-    [("demo", "examples/checkerboard.py"), ("bench", "benchmarks/run.py"), ("verify", "tests/test_contract.py")],
-)
+@pytest.mark.parametrize(("command", "path"), [("demo", "examples/checkerboard.py"), ("bench", "benchmarks/run.py")])
 def test_outside_a_checkout_the_message_says_what_is_missing(command, path, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=f"{path} is not here.*checkout"):
@@ -71,11 +69,14 @@ def test_demo_passes_its_arguments_on(monkeypatch, tmp_path):
     assert cli.main(["demo", "--steps", "3"]) == 2
 
 
-def test_verify_hands_its_options_to_pytest_and_its_status_back(monkeypatch, tmp_path):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/test_contract.py").write_text("def test_yes(): pass\n")
+def test_verify_needs_no_checkout_and_gives_its_status_back(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "ROOT", tmp_path)
-    assert cli.main(["verify", "-k", "another"]) == pytest.ExitCode.NO_TESTS_COLLECTED
+    monkeypatch.setattr(verification, "run", lambda job, progress: verification.Findings(list(job.rows)))
+    assert cli.main(["verify", "--op", "noise"]) == 0
+    monkeypatch.setattr(
+        verification, "run", lambda job, progress: verification.Findings([replace(job.rows[0], problem="wrong")])
+    )
+    assert cli.main(["verify", "--op", "noise"]) == 1
 
 
 def test_table_is_aligned(capsys):
