@@ -2,7 +2,9 @@
 
 fmkernels/_C.so      the C++ kernels and, where nvcc is found, the CUDA ones; torch.ops.load_library loads it. It uses
                      only torch's stable ABI: one build serves torch 2.11 and later, CPU and CUDA builds alike.
-fmkernels/_host*.so  a pybind11 module that evaluates csrc/math from Python, for the tests.
+fmkernels/_host*.so  a pybind11 module that evaluates csrc/math from Python, for tests in a checkout; not in a wheel.
+
+So a wheel serves every Python 3 as well: py3-none-linux_*, or py3-none-any without the library.
 
 FMK_EXTENSION=0         install pure Python           FMK_DEBUG=1      -O1 -g
 FMK_CUDA=auto|0|1       CUDA kernels; auto: if nvcc   FMK_SANITIZE=1   address and undefined-behaviour sanitizers
@@ -22,8 +24,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # what a fresh venv of Python 3.11 has is older
+    sys.exit(
+        f"\nfmkernels: building needs setuptools 77 or later, found {setuptools.__version__}:"
+        '\n    pip install --upgrade "setuptools>=77" pybind11 ninja\n'
+    )
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEBUG, SANITIZE = (os.environ.get(name, "0") not in ("", "0") for name in ("FMK_DEBUG", "FMK_SANITIZE"))
@@ -37,19 +48,37 @@ NVCC_LOG = " > $out.log 2>&1 || (cat $out.log; false)"
 NVCC_FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden".split()
 
 
+WITHOUT = "or install without compiled kernels: FMK_EXTENSION=0 pip install --no-build-isolation ."
+
+
+def wanted():
+    """Whether there is anything to compile; other systems than Linux have the references alone."""
+    return os.environ.get("FMK_EXTENSION") != "0" and sys.platform == "linux"
+
+
 def find_compiler():
     chosen = os.environ.get("CXX")
-    if chosen and shutil.which(chosen) is None:
-        sys.exit(f"fmkernels: CXX={chosen}: not found; it is one program, without arguments")
-    return chosen or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+    found = next((name for name in ([chosen] if chosen else ("g++", "clang++", "c++")) if shutil.which(name)), None)
+    if found is None:
+        missing = f"CXX={chosen} is not found (one program, without arguments)" if chosen else "found none on PATH"
+        sys.exit(
+            f"\nfmkernels: building the kernels needs a C++20 compiler, {missing}. Install g++ 10 or later"
+            f" (apt-get install g++, dnf install gcc-c++) or name one in CXX,\n{WITHOUT}\n"
+        )
+    return found
 
 
 def find_nvcc():
     mode = os.environ.get("FMK_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        sys.exit(f"fmkernels: FMK_CUDA: expected auto, 0 or 1, got {mode!r}")
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     nvcc = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
-    if mode not in ("auto", "0", "1") or (mode == "1" and nvcc is None):
-        sys.exit(f"fmkernels: FMK_CUDA={mode}: it is auto, 0 or 1, and 1 needs nvcc in CUDA_HOME or on PATH")
+    if mode == "1" and nvcc is None:
+        sys.exit(
+            f"fmkernels: FMK_CUDA=1: found no nvcc in {home}/bin or on PATH. Install the CUDA toolkit or set "
+            "CUDA_HOME, or leave FMK_CUDA unset: Triton then serves the GPU"
+        )
     return None if mode == "0" else nvcc
 
 
@@ -61,8 +90,9 @@ def find_torch():
         sys.exit(
             f"\nfmkernels: building the kernels needs PyTorch 2.11 or later, found {version}. Install it first"
             ", then build against it:"
-            "\n    pip install torch setuptools pybind11 ninja\n    pip install --no-build-isolation -e ."
-            "\nor install without compiled kernels:\n    FMK_EXTENSION=0 pip install --no-build-isolation -e .\n"
+            '\n    pip install --upgrade torch "setuptools>=77" pybind11 ninja'
+            "\n    pip install --no-build-isolation ."
+            f"\n{WITHOUT}\n"
         )
     return Path(spec.submodule_search_locations[0]), version
 
@@ -90,13 +120,31 @@ def command(words):
     return shlex.join(words).replace("$", "$$")
 
 
+def remove_libraries():
+    """Those of an earlier build, where the package is used in place."""
+    for path in ROOT.glob("fmkernels/_*.so"):
+        path.unlink()
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):  # nothing in it depends on the version of Python
+        return ("py3", "none", super().get_tag()[2])
+
+
+class BuildPython(build_py):
+    def run(self):
+        if self.editable_mode and not wanted():
+            remove_libraries()
+        super().run()
+
+
 class Build(build_ext):
     def run(self):
-        if os.environ.get("FMK_EXTENSION") == "0" or sys.platform != "linux" or find_compiler() is None:
-            print("fmkernels: no compiled kernels (FMK_EXTENSION=0, no Linux or no C++ compiler): references only")
-            self.extensions = []
-            for path in ROOT.glob("fmkernels/_*.so") if self.inplace or self.editable_mode else []:
-                path.unlink()  # of an earlier build
+        here = self.inplace or self.editable_mode
+        if here and not wanted():
+            remove_libraries()
+        if self.extensions and not here:
+            self.extensions = [extension for extension in self.extensions if extension.name != "fmkernels._host"]
         super().run()
 
     def get_ext_filename(self, name):  # _C is not a Python module: its name carries no Python version
@@ -114,6 +162,8 @@ class Build(build_ext):
             includes = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Icsrc", f"-I{torch}/include"]
             libraries = [f"-L{torch}/lib", "-Xlinker", "--no-as-needed", "-ltorch"]
         else:
+            if importlib.util.find_spec("pybind11") is None:
+                sys.exit("fmkernels: building fmkernels._host, for the tests, needs pybind11: pip install pybind11")
             import pybind11
 
             nvcc, libraries = None, []
@@ -138,8 +188,11 @@ class Build(build_ext):
                 objects += [escape(folder / f"{source}.o")]
                 lines += [f"build {objects[-1]}: {rule} {escape(source)}"]
         lines += [f"build {escape(library)}: link {' '.join(objects)}"]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        except OSError as error:
+            sys.exit(f"fmkernels: building needs to write {folder.absolute()}: {error}. Copy the source elsewhere")
 
         ninja = shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}:{os.environ.get('PATH')}")
         if ninja is None:
@@ -158,7 +211,10 @@ def sources(*patterns):
 os.chdir(ROOT)
 libraries = {"_C": sources("csrc/torch/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"), "_host": sources("csrc/host.cpp")}
 headers = sources("csrc/**/*.h", "csrc/**/*.cuh")
+modules = [Extension(f"fmkernels.{name}", files, depends=headers) for name, files in libraries.items() if files]
+if not wanted():
+    print("fmkernels: no compiled kernels (FMK_EXTENSION=0 or no Linux): references only")
 setup(
-    ext_modules=[Extension(f"fmkernels.{name}", files, depends=headers) for name, files in libraries.items() if files],
-    cmdclass={"build_ext": Build},
+    ext_modules=modules if wanted() else [],
+    cmdclass={"build_ext": Build, "build_py": BuildPython, "bdist_wheel": Wheel},
 )

@@ -1,6 +1,6 @@
 """fmkernels: the arithmetic around the network in flow matching, as fused kernels with pure-PyTorch references."""
 
-from . import ops
+from . import layers, ops
 from ._registration import choose_backends, load_compiled
 from .dequantisation import BitsPerDim, bits_per_dim, dequantise, evaluate_bits_per_dim
 from .distributions import Normal, StandardNormal
@@ -68,6 +68,7 @@ __all__ = [
     "divergence",
     "evaluate_bits_per_dim",
     "key",
+    "layers",
     "log_prob",
     "odeint",
     "odeint_adjoint",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def tensor(name: str, value, *, optional: bool = False) -> None:
+def tensor(name: str, value: Any, *, optional: bool = False) -> None:
     if value is None and optional:
         return
     if not isinstance(value, torch.Tensor):
@@ -46,7 +48,7 @@ def same_dtype(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
         )
 
 
-def key(name: str, value) -> None:
+def key(name: str, value: Any) -> None:
     tensor(name, value)
     if value.dtype != torch.int64 or value.shape != (1,):
         raise ValueError(
@@ -55,7 +57,9 @@ def key(name: str, value) -> None:
         )
 
 
-def number(name: str, value, low: float | None = None, high: float | None = None, *, open_low: bool = False) -> float:
+def number(
+    name: str, value: Any, low: float | None = None, high: float | None = None, *, open_low: bool = False
+) -> float:
     """A finite real number in [low, high], or in (low, high] with open_low."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
@@ -71,21 +75,21 @@ def number(name: str, value, low: float | None = None, high: float | None = None
     return value
 
 
-def count(name: str, value, low: int = 0) -> None:
+def count(name: str, value: Any, low: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if isinstance(value, int) and value < low:
         raise ValueError(f"{name}: expected an int of at least {low}, got {value}")
 
 
-def choice(name: str, value, choices) -> None:
+def choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {_names(choices)}, got {type(value).__name__}")
     if value not in choices:
         raise ValueError(f"{name}: expected one of {_names(choices)}, got {value!r}")
 
 
-def _names(choices) -> str:
+def _names(choices: Iterable[str]) -> str:
     return ", ".join(repr(c) for c in choices)
 
 

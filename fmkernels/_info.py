@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +32,11 @@ def versions(*more: str) -> dict[str, str | None]:
     """Versions of Python, fmkernels and what it runs on, and of the distributions named."""
     from . import __version__
 
-    found = {"fmkernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    found: dict[str, str | None] = {
+        "fmkernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     found["cuda"] = torch.version.cuda
     return found | {name: version(name) for name in ("triton", "numpy", *more)}
 
@@ -64,6 +71,25 @@ def backends() -> dict[str, dict[str, str]]:
         name: {device: _registration.answering(name, device) for device in DEVICE_TYPES}
         for name in _registration.references
     }
+
+
+def unwritable_caches() -> list[str]:
+    """What keeps Triton and torch.compile from storing what they compile. fmkernels itself writes nothing."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without an entry and without a name in the environment
+        user = "user"
+    folders = {
+        "TRITON_CACHE_DIR": ("Triton", Path.home() / ".triton" / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": ("torch.compile", Path(tempfile.gettempdir()) / f"torchinductor_{user}"),
+    }
+    found = []
+    for variable, (tool, default) in folders.items():
+        folder = Path(os.environ.get(variable) or default)
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            found.append(f"{tool} cannot write its cache {folder}: set {variable} to a folder that can be written")
+    return found
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
@@ -103,5 +129,5 @@ def show() -> None:
     columns = [name if any(d.startswith(name) for d in here) else f"{name} (none here)" for name in DEVICE_TYPES]
     rows = [(name, *by_device.values()) for name, by_device in backends().items()]
     print_table("Which backend answers", ("op", *columns), rows, left=3)
-    for problem in _registration.problems:
+    for problem in [*_registration.problems, *unwritable_caches()]:
         print(f"note: {problem}")

@@ -13,20 +13,34 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    raise ImportError(
+        f'fmkernels needs torch 2.11 or later, found {torch.__version__}: pip install --upgrade "torch>=2.11"'
+    )
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-NAMESPACE = "fmkernels"
+# A build for the Hugging Face hub brings _ops, which loads its library, under a namespace of its own.
+HUB = importlib.util.find_spec("._ops", __package__) is not None
+NAMESPACE = importlib.import_module("._ops", __package__).add_op_namespace_prefix("")[:-2] if HUB else "fmkernels"
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 
 library = torch.library.Library(NAMESPACE, "DEF")
-references: dict[str, Callable] = {}
+ops = getattr(torch.ops, NAMESPACE)
+references: dict[str, Callable[..., Any]] = {}
 _backends: dict[tuple[str, str], str] = {}  # (op, device type) -> backend that answers
 problems: list[str] = []  # why a compiled backend is missing, for `python -m fmkernels info`
+BUILD = (
+    "The references answer in its place. To build it, where g++ or another C++20 compiler is: "
+    'pip install --upgrade "setuptools>=77" ninja pybind11, then in the source folder '
+    "pip install --no-build-isolation --force-reinstall --no-deps ."
+)
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 nothing = contextlib.nullcontext
@@ -40,7 +54,9 @@ def backend() -> str:
     return name
 
 
-def define(schema: str, reference: Callable, fake: Callable | None, *, tags=()) -> None:
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None, *, tags: Sequence[torch.Tag] = ()
+) -> None:
     """Define an op by its schema and reference; ``fake`` gives the outputs' metadata without computing."""
     name = schema.split("(", 1)[0]
     library.define(schema, tags=tags)
@@ -51,12 +67,12 @@ def define(schema: str, reference: Callable, fake: Callable | None, *, tags=()) 
     references[name] = reference
 
 
-def autograd(name: str, kernel: Callable) -> None:
+def autograd(name: str, kernel: Callable[..., Any]) -> None:
     """Register the Autograd-key kernel of an op."""
     library.impl(name, kernel, "Autograd")
 
 
-def override(name: str, kernel: Callable, device_type: str, backend_name: str) -> None:
+def override(name: str, kernel: Callable[..., Any], device_type: str, backend_name: str) -> None:
     """Let ``kernel`` answer an op on a device type, above what the compiled library registered."""
     with warnings.catch_warnings():  # that the compiled kernel is overridden is what is wanted
         warnings.simplefilter("ignore", UserWarning)
@@ -64,8 +80,8 @@ def override(name: str, kernel: Callable, device_type: str, backend_name: str) -
     _backends[name, device_type] = backend_name
 
 
-def overload(name: str):
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+def overload(name: str) -> Any:
+    return getattr(ops, name).default
 
 
 def transforming() -> bool:
@@ -78,7 +94,7 @@ def eager() -> bool:
     return not torch.compiler.is_compiling() and peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
-def requires_grad(*tensors) -> bool:
+def requires_grad(*tensors: torch.Tensor | None) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -104,17 +120,48 @@ def library_path() -> Path:
 
 
 def load_compiled() -> None:
-    """Load the compiled library, if it is there and asked for; what went wrong is kept for ``info``."""
-    path = library_path()
-    if backend() == "reference":
+    """Load the compiled library, if it is there and asked for; what went wrong is kept for ``info``, and what was asked
+    for or installed and cannot be had is warned about."""
+    path, name = library_path(), backend()
+    if HUB:
+        return
+    if name == "reference":
         problems.append("compiled library not loaded: FMK_BACKEND=reference")
     elif not path.exists():
-        problems.append(f"compiled library not built: {path.name} is missing (pip install . builds it)")
+        problem = f"compiled library not built: {path} is missing"
+        if os.environ.get("FMK_LIBRARY"):
+            _warn(f"{problem}, which FMK_LIBRARY names: correct or unset it")
+        elif name in ("cpp", "cuda"):
+            _warn(f"{problem}, and FMK_BACKEND={name} asks for it. {BUILD}")
+        else:
+            problems.append(f"{problem}. {BUILD}")
     else:
         try:
+            refuse_cut_short(path)
             torch.ops.load_library(str(path))
         except OSError as error:
-            problems.append(f"compiled library {path} does not load into torch {torch.__version__}: {error}")
+            _warn(
+                f"compiled library {path} does not load into torch {torch.__version__}: {error.__cause__ or error}. "
+                f"It is damaged, or was built for a later torch or another machine. {BUILD}"
+            )
+            return
+        absent = [op for op in references if answering(op, "cpu") == "reference"]
+        if absent:
+            problems.append(f"compiled library {path} is older than the package, without {', '.join(absent)}. {BUILD}")
+
+
+def refuse_cut_short(path: Path) -> None:
+    """OSError for a file that ends before its ELF section headers do: mapping it would end the process by SIGBUS."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    start, size, count = (int.from_bytes(head[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    if head[:4] == b"\x7fELF" and path.stat().st_size < max(64, start + size * count):
+        raise OSError("file too short: it was not written to its end")
+
+
+def _warn(problem: str) -> None:
+    problems.append(problem)
+    warnings.warn(f"fmkernels: {problem}", RuntimeWarning, stacklevel=2)
 
 
 def choose_backends() -> None:
@@ -132,7 +179,7 @@ def choose_backends() -> None:
             f"kernels on the CPU; got triton {'installed' if found else 'not installed'}, torch {torch.__version__}"
         )
     if not found and device_types:
-        problems.append("Triton kernels not used: triton is not installed (pip install triton)")
+        problems.append("Triton kernels not used on CUDA: triton is not installed (pip install triton)")
         return
     for device_type in device_types:
         kernels = importlib.import_module(".triton_kernels", __package__)
@@ -149,8 +196,8 @@ def answering(name: str, device_type: str) -> str:
     return "reference"
 
 
-def build_facts() -> dict:
+def build_facts() -> dict[str, Any]:
     """What the compiled library says of its build; empty where none is loaded."""
     with contextlib.suppress(AttributeError):  # no such op
-        return json.loads(torch.ops.fmkernels.build_info())
+        return json.loads(ops.build_info())
     return {}

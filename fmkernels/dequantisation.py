@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -121,20 +122,20 @@ class BitsPerDim:
 
 
 def evaluate_bits_per_dim(
-    f: Callable,
-    batches: Iterable,
+    f: Callable[..., Any],
+    batches: Iterable[Any],
     *,
     bits: float = 8,
     draws: int = 1,
-    base=None,
+    base: Any = None,
     divergence: Exact | Hutchinson | Deflated = ONE_PROBE,
     key: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     first_row: int = 0,
-    device=None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
-    **options,
+    **options: Any,
 ) -> Iterator[BitsPerDim]:
     r"""Bits per dimension of a data set, batch by batch, as each is done; without gradients.
 
@@ -164,7 +165,7 @@ def evaluate_bits_per_dim(
         if option in options:
             raise TypeError(f"{option}: expected no such option, since the evaluation takes no gradients and no times")
     if progress:
-        size = len(batches) if hasattr(batches, "__len__") else None
+        size = len(batches) if isinstance(batches, Sized) else None
         batches = bar = progress_bar()(batches, total=size, desc="bits per dim", unit="batch")
     how = base, divergence
     return _evaluated(
@@ -172,7 +173,20 @@ def evaluate_bits_per_dim(
     )  # fmt: skip
 
 
-def _evaluated(f, batches, bar, bits, draws, how, key, generator, first_row, device, dtype, options):
+def _evaluated(
+    f: Callable[..., Any],
+    batches: Iterable[Any],
+    bar: Any,
+    bits: float,
+    draws: int,
+    how: tuple[Any, Any],
+    key: torch.Tensor | None,
+    generator: torch.Generator | None,
+    first_row: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> Iterator[BitsPerDim]:
     total, images, failed = 0.0, 0, 0
     for batch in batches:
         x = batch[0] if isinstance(batch, (tuple, list)) else batch

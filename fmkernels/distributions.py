@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +22,7 @@ class Normal:
         scale: the standard deviation s, finite and positive.
     """
 
-    def __init__(self, scale: float = 1.0):
+    def __init__(self, scale: float = 1.0) -> None:
         self.scale = _checks.number("scale", scale, 0.0, open_low=True)
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,11 +35,18 @@ class Normal:
         square = x.square().sum(dim=tuple(range(1, x.dim()))) if x.dim() > 1 else x.square()
         return -0.5 * square / self.scale**2 - 0.5 * dims * math.log(2 * math.pi * self.scale**2)
 
-    def sample(self, shape, *, device=None, dtype=None, generator=None) -> torch.Tensor:
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
         """Draw a tensor of the given shape by torch's generator."""
         return torch.randn(shape, device=device, dtype=dtype, generator=generator) * self.scale
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Normal) and self.scale == other.scale
 
     def __hash__(self) -> int:
@@ -51,7 +59,7 @@ class Normal:
 class StandardNormal(Normal):
     """The standard normal distribution N(0, I)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(1.0)
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,7 +47,7 @@ class Exact:
     mode: str = "auto"
     chunk: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.choice("mode", self.mode, MODES)
         if self.chunk is not None:
             _checks.count("chunk", self.chunk, 1)
@@ -56,12 +56,12 @@ class Exact:
         D = math.prod(x.shape[1:])
         size = min(self.chunk or max(1, EXACT_BATCH // max(x.numel(), 1)), max(D, 1))
 
-        def vectors(i):
+        def vectors(i: int) -> torch.Tensor:
             units = torch.zeros(min(size, D - i * size), D, dtype=x.dtype, device=x.device)
             units.diagonal(i * size).fill_(1)
             return units.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
 
-        def reduce(i, products):
+        def reduce(i: int, products: torch.Tensor) -> torch.Tensor:
             return products.flatten(2).diagonal(i * size, 0, 2).sum(-1, keepdim=True)
 
         return Directions(1, -(-D // size), vectors, reduce)
@@ -94,7 +94,7 @@ class Hutchinson:
     distribution: str = "rademacher"
     mode: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.count("probes", self.probes, 1)
         _checks.choice("distribution", self.distribution, PROBES)
         _checks.choice("mode", self.mode, MODES)
@@ -110,7 +110,7 @@ class Hutchinson:
         z = self.draw(x, key, first_row).reshape(self.probes, *x.shape)
         drawn_slowly = _registration.answering("probe_dot", x.device.type) == "reference"
 
-        def reduce(i, products):
+        def reduce(i: int, products: torch.Tensor) -> torch.Tensor:
             if drawn_slowly:
                 return (z * products).flatten(2).sum(-1).mT
             return probe_dot(key, products, distribution=self.distribution, first_row=first_row).mT
@@ -144,7 +144,7 @@ class Deflated:
 
     def __init__(
         self, basis: torch.Tensor, probes: int = 1, distribution: str = "rademacher", mode: str = "auto"
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.complement = Hutchinson(probes, distribution, mode)
         _checks.tensor("basis", basis)
         if basis.dtype not in (torch.float32, torch.float64):
@@ -175,7 +175,7 @@ class Deflated:
         z = self.complement.draw(x, key, first_row)
         w = torch.cat([q.unsqueeze(1).expand(k, x.shape[0], D), z - (z @ q.mT) @ q]).reshape(-1, *x.shape)
 
-        def reduce(i, products):
+        def reduce(i: int, products: torch.Tensor) -> torch.Tensor:
             parts = (w * products).flatten(2).sum(-1)
             return parts[:k].sum(0).unsqueeze(-1) + parts[k:].mT
 
@@ -202,11 +202,19 @@ class VelocityAndDivergence:
         estimator, key, first_row: what is drawn.
     """
 
-    def __init__(self, f: Callable, x: torch.Tensor, estimator, key: torch.Tensor, first_row: int):
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        x: torch.Tensor,
+        estimator: Exact | Hutchinson | Deflated,
+        key: torch.Tensor,
+        first_row: int,
+    ) -> None:
         if not callable(f):
             raise TypeError(f"f: expected a callable f(t, x), got {type(f).__name__}")
         refuse_batch_statistics(f)
-        self.f, self.state = f, State("x", x, 1)
+        self.f: Any = f
+        self.state = State("x", x, 1)
         self.analytic = isinstance(estimator, Exact) and hasattr(f, "velocity_and_divergence")
         with torch.no_grad():
             self.directions = estimator.directions(x, key, first_row)
@@ -221,7 +229,7 @@ class VelocityAndDivergence:
         self.state.check(value)
         return value, divergence.unsqueeze(-1)
 
-    def reverse(self, t, x):
+    def reverse(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         connected = torch.is_grad_enabled() and x.requires_grad
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -230,17 +238,19 @@ class VelocityAndDivergence:
             self.state.check(value)
             recording = recording and (connected or has_other_leaves(value, x))
             _, chunks, vectors, reduce = self.directions
-            traces = sum(reduce(i, pulled(value, x, vectors(i), recording, i + 1 == chunks)) for i in range(chunks))
+            traces: Any = sum(
+                reduce(i, pulled(value, x, vectors(i), recording, i + 1 == chunks)) for i in range(chunks)
+            )
         return (value, traces) if recording else (value.detach(), traces.detach())
 
-    def forward(self, t, x):
-        def f(x):
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def f(x: torch.Tensor) -> torch.Tensor:
             value = self.f(t, x)
             self.state.check(value)
             return value
 
         _, chunks, vectors, reduce = self.directions
-        traces = 0
+        traces: Any = 0
         for i in range(chunks):
             value, products = pushed(f, x, vectors(i))
             traces = traces + reduce(i, products)
@@ -250,7 +260,7 @@ class VelocityAndDivergence:
 def pulled(value: torch.Tensor, x: torch.Tensor, vectors: torch.Tensor, record: bool, last: bool) -> torch.Tensor:
     """Jᵀ times each of the vectors [n, B, …]."""
 
-    def pull(vector):
+    def pull(vector: torch.Tensor) -> torch.Tensor:
         (product,) = torch.autograd.grad(
             value, x, vector, retain_graph=record or not last, create_graph=record, allow_unused=True
         )
@@ -267,14 +277,19 @@ def pulled(value: torch.Tensor, x: torch.Tensor, vectors: torch.Tensor, record: 
     return torch.func.vmap(pull)(vectors)
 
 
-def pushed(f: Callable, x: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pushed(f: Callable[..., Any], x: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """f(x), and J times each of the vectors [n, B, …]."""
     try:
         if len(vectors) == 1:
-            value, product = torch.func.jvp(f, (x,), (vectors[0],), strict=True)
+            value, product, *_ = torch.func.jvp(f, (x,), (vectors[0],), strict=True)
             return value, product.unsqueeze(0)
-        push = torch.func.vmap(lambda vector: torch.func.jvp(f, (x,), (vector,), strict=True), out_dims=(None, 0))
-        return push(vectors)
+        of_all: Any = (None, 0)  # one value, a product a vector
+
+        def push(vector: torch.Tensor) -> Any:
+            return torch.func.jvp(f, (x,), (vector,), strict=True)
+
+        value, products = torch.func.vmap(push, out_dims=of_all)(vectors)
+        return value, products
     except RuntimeError as error:
         if "strict=True" in str(error):
             raise ValueError(NO_GRADIENT) from error
@@ -291,7 +306,7 @@ COMPILED = (
 )
 
 
-def graph_of(value: torch.Tensor) -> Iterator:
+def graph_of(value: torch.Tensor) -> Iterator[Any]:
     """Every node of the graph that ends in ``value``."""
     seen, stack = set(), [value.grad_fn]
     while stack:
@@ -307,7 +322,7 @@ def has_other_leaves(value: torch.Tensor, leaf: torch.Tensor) -> bool:
     return any(type(node).__name__ == "AccumulateGrad" and node.variable is not leaf for node in graph_of(value))
 
 
-def refuse_batch_statistics(f: Callable) -> None:
+def refuse_batch_statistics(f: Callable[..., Any]) -> None:
     """A divergence a row makes no sense where a row's value depends on the others."""
     module = f if isinstance(f, torch.nn.Module) else getattr(f, "__self__", None)
     if not isinstance(module, torch.nn.Module):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -48,7 +49,7 @@ class LogProb:
     x1: torch.Tensor
     nfe: torch.Tensor
     stderr: torch.Tensor
-    t_span: tuple
+    t_span: tuple[Any, Any]
     status: torch.Tensor
     calls: int
     t: torch.Tensor | None = None
@@ -62,8 +63,8 @@ class LogProb:
 
 
 def divergence(
-    f: Callable,
-    t,
+    f: Callable[..., Any],
+    t: float | torch.Tensor,
     x: torch.Tensor,
     estimator: Exact | Hutchinson | Deflated = TRACE,
     *,
@@ -71,7 +72,7 @@ def divergence(
     generator: torch.Generator | None = None,
     first_row: int = 0,
     return_stderr: bool = False,
-):
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""The divergence ∇·f(t, x) = tr ∂f/∂x of each row.
 
     Args:
@@ -106,13 +107,13 @@ def divergence(
 
 
 def log_prob(
-    f: Callable,
+    f: Callable[..., Any],
     x1: torch.Tensor,
-    base=None,
+    base: Any = None,
     divergence: Exact | Hutchinson | Deflated = ONE_PROBE,
     *,
-    t_span=None,
-    t_eval=None,
+    t_span: torch.Tensor | Sequence[float | torch.Tensor] | None = None,
+    t_eval: torch.Tensor | Sequence[float] | None = None,
     method: str = "dopri5",
     rtol: float | torch.Tensor = 1e-5,
     atol: float | torch.Tensor = 1e-5,
@@ -123,7 +124,7 @@ def log_prob(
     generator: torch.Generator | None = None,
     first_row: int = 0,
     progress: bool = False,
-    **options,
+    **options: Any,
 ) -> LogProb:
     r"""Log-density of data under the flow of f: log p₁(x₁) = log p₀(x₀) − ∫ ∇·f(t, x_t) dt, along dx/dt = f(t, x).
 
@@ -163,13 +164,13 @@ def log_prob(
 
 
 def sample_and_log_prob(
-    f: Callable,
-    x0,
-    base=None,
+    f: Callable[..., Any],
+    x0: torch.Tensor | Sequence[int],
+    base: Any = None,
     divergence: Exact | Hutchinson | Deflated = ONE_PROBE,
     *,
-    t_span=None,
-    t_eval=None,
+    t_span: torch.Tensor | Sequence[float | torch.Tensor] | None = None,
+    t_eval: torch.Tensor | Sequence[float] | None = None,
     method: str = "dopri5",
     rtol: float | torch.Tensor = 1e-5,
     atol: float | torch.Tensor = 1e-5,
@@ -179,10 +180,10 @@ def sample_and_log_prob(
     key: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     first_row: int = 0,
-    device=None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
-    **options,
+    **options: Any,
 ) -> LogProb:
     r"""Samples x₁ of the flow and their log-densities, in one solve from the noise upward.
 
@@ -210,7 +211,7 @@ def sample_and_log_prob(
     return follow(f, x0, True, base, divergence, t_span, t_eval, norm, key, first_row, solver)
 
 
-def drawn_noise(base, shape, key, first_row, dtype) -> torch.Tensor:
+def drawn_noise(base: Any, shape: Any, key: torch.Tensor, first_row: int, dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(shape, (tuple, list)) or not all(isinstance(n, int) for n in shape):
         raise TypeError(f"x0: expected a tensor or a shape, got {type(shape).__name__}")
     if len(shape) < 2:
@@ -230,7 +231,19 @@ def drawn_noise(base, shape, key, first_row, dtype) -> torch.Tensor:
     return x0.to(key.device, dtype)
 
 
-def follow(f, x, upward, base, estimator, t_span, t_eval, norm, key, first_row, solver: dict) -> LogProb:
+def follow(
+    f: Callable[..., Any],
+    x: torch.Tensor,
+    upward: bool,
+    base: Any,
+    estimator: Exact | Hutchinson | Deflated,
+    t_span: Any,
+    t_eval: Any,
+    norm: str,
+    key: torch.Tensor,
+    first_row: int,
+    solver: dict[str, Any],
+) -> LogProb:
     """x and A(t), the integral of ∇·f from the end where x is, solved together to the other end."""
     check_estimator("divergence", estimator)
     _checks.choice("norm", norm, NORMS)
@@ -241,7 +254,7 @@ def follow(f, x, upward, base, estimator, t_span, t_eval, norm, key, first_row, 
         B, D = x.shape[0], math.prod(x.shape[1:])
         field = VelocityAndDivergence(f, x, estimator, key, first_row)
 
-        def augmented(t, y):
+        def augmented(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             value, traces = field(t, y[:, :D].contiguous().reshape(x.shape))
             return torch.cat([value.reshape(B, D), traces], 1)
 
@@ -254,7 +267,8 @@ def follow(f, x, upward, base, estimator, t_span, t_eval, norm, key, first_row, 
         times, place = (None, None) if t_eval is None else in_order(t_eval, start, end, x)
         y = torch.cat([x.reshape(B, D), x.new_zeros(B, field.estimates)], 1)
         solution = solve(augmented, y, (start, end), times, **solver)
-        y, along = solution.y, None
+        along: torch.Tensor | None = None
+        y = cast(torch.Tensor, solution.y)
         if place is not None:
             y = y[torch.arange(B, device=x.device).unsqueeze(1), place]
             y, along = y[:, -1], y[:, :-1]
@@ -278,7 +292,7 @@ def follow(f, x, upward, base, estimator, t_span, t_eval, norm, key, first_row, 
         )
 
 
-def log_density_of(base, x0: torch.Tensor) -> torch.Tensor:
+def log_density_of(base: Any, x0: torch.Tensor) -> torch.Tensor:
     value = base.log_prob(x0)
     if not isinstance(value, torch.Tensor) or value.shape != x0.shape[:1]:
         got = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
@@ -286,7 +300,7 @@ def log_density_of(base, x0: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def in_order(t_eval, start, end, x) -> tuple[torch.Tensor, torch.Tensor]:
+def in_order(t_eval: Any, start: Any, end: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The times and ``end`` in the order of integration, [T + 1] or [B, T + 1], and where each went, [B, T + 1].
 
     ``solve`` returns a state at t_eval or at the end, so the end becomes an output too, the last in ``place``.
@@ -306,7 +320,7 @@ def in_order(t_eval, start, end, x) -> tuple[torch.Tensor, torch.Tensor]:
     return times.gather(-1, order), order.argsort(-1).expand(x.shape[0], -1)
 
 
-def padded(name: str, tolerance, x: torch.Tensor, estimates: int):
+def padded(name: str, tolerance: float | torch.Tensor, x: torch.Tensor, estimates: int) -> float | torch.Tensor:
     """A tolerance for x as one for the packed state, in which the integral's is only looked at with norm="all"."""
     if not isinstance(tolerance, torch.Tensor) or tolerance.shape in ((), x.shape[:1]):
         return tolerance
@@ -320,7 +334,7 @@ def padded(name: str, tolerance, x: torch.Tensor, estimates: int):
     return torch.cat([wide, wide.amax(1, keepdim=True).expand(-1, estimates)], 1)
 
 
-def checked_base(f: Callable, base):
+def checked_base(f: Callable[..., Any], base: Any) -> Any:
     if base is None:
         own = getattr(f, "base", None)
         base = own() if callable(own) else StandardNormal()
@@ -329,7 +343,7 @@ def checked_base(f: Callable, base):
     return base
 
 
-def ends_of(f: Callable, t_span) -> tuple:
+def ends_of(f: Callable[..., Any], t_span: Any) -> tuple[Any, ...]:
     """The lower and the upper end; `solve` checks what they are."""
     if t_span is None:
         t_span = getattr(f, "t_range", (0.0, 1.0))
@@ -341,7 +355,7 @@ def ends_of(f: Callable, t_span) -> tuple:
     return tuple(t_span)
 
 
-def check_sample(name: str, x) -> None:
+def check_sample(name: str, x: torch.Tensor) -> None:
     _checks.tensor(name, x)
     if x.dtype not in (torch.float32, torch.float64):
         hint = "" if x.dtype.is_floating_point else " (fmkernels.dequantise turns integer levels into data)"
@@ -350,20 +364,22 @@ def check_sample(name: str, x) -> None:
         raise ValueError(f"{name}: expected shape [B, …] with the numbers of each row, got {list(x.shape)}")
 
 
-def checked_options(options: dict) -> dict:
+def checked_options(options: dict[str, Any]) -> dict[str, Any]:
     for option in options:
         if option not in SOLVER_OPTIONS:
             raise TypeError(f"{option}: expected one of the solver's options {', '.join(SOLVER_OPTIONS)}")
     return options
 
 
-def check_estimator(name: str, estimator) -> None:
+def check_estimator(name: str, estimator: Any) -> None:
     if not isinstance(estimator, (Exact, Hutchinson, Deflated)):
         got = estimator.__name__ if isinstance(estimator, type) else type(estimator).__name__
         raise TypeError(f"{name}: expected an Exact(…), a Hutchinson(…) or a Deflated(…), got {got}")
 
 
-def checked_key(device, key, generator, first_row) -> torch.Tensor:
+def checked_key(
+    device: torch.device | str | None, key: torch.Tensor | None, generator: torch.Generator | None, first_row: int
+) -> torch.Tensor:
     _checks.count("first_row", first_row)
     if key is None:
         return draw_key(device, generator)
@@ -376,7 +392,7 @@ def checked_key(device, key, generator, first_row) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def as_recorded_outside():
+def as_recorded_outside() -> Iterator[None]:
     """Lets f be differentiated under torch.inference_mode() too; gradients are recorded as outside of this."""
     enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(enabled):

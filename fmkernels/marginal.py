@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -51,6 +53,11 @@ class MarginalField(torch.nn.Module):
     Source: Lipman et al. (2023), equations 6 and 8.
     """
 
+    points: torch.Tensor
+    log_weights: torch.Tensor | None
+    centre: torch.Tensor
+    half_squares: torch.Tensor
+
     def __init__(
         self, data: torch.Tensor, schedule: Schedule | None = None, weights: torch.Tensor | None = None
     ) -> None:
@@ -80,7 +87,7 @@ class MarginalField(torch.nn.Module):
         if self.log_weights is not None:
             self.log_weights = self.log_weights.double()
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MarginalField:
         super()._apply(fn, recurse)  # .half() and the like would take the sums of squares along
         self._prepare()
         return self
@@ -129,7 +136,9 @@ class MarginalField(torch.nn.Module):
         squares, index = nearest_points(rows.detach(), alpha.detach(), points, self.centre, self.half_squares, k)
         return squares.to(rows.dtype), index
 
-    def _inputs(self, t, x, density: bool = False):
+    def _inputs(
+        self, t: float | torch.Tensor, x: torch.Tensor, density: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         _checks.tensor("x", x)
         _checks.floating("x", x)
         _checks.same_device("x", x, "data", self.points)
@@ -158,7 +167,7 @@ class MarginalField(torch.nn.Module):
                 f"no noise and p_t is no density, got {t:g}"
             )
 
-    def _posterior(self, t, x, density: bool = False) -> Posterior:
+    def _posterior(self, t: float | torch.Tensor, x: torch.Tensor, density: bool = False) -> Posterior:
         rows, points, t = self._inputs(t, x, density)
         alpha, sigma, d_alpha, slope = effective_coefficients(self.schedule, t)
         moments = call_moments(
@@ -182,7 +191,18 @@ class MarginalField(torch.nn.Module):
 class Posterior:
     """The moments at x with the coefficients there, α, σe, α' and σe'/σe, all ``[B]`` in float64."""
 
-    def __init__(self, x, alpha, sigma, d_alpha, slope, mean, residual, log_sum, kappa):
+    def __init__(
+        self,
+        x: torch.Tensor,
+        alpha: torch.Tensor,
+        sigma: torch.Tensor,
+        d_alpha: torch.Tensor,
+        slope: torch.Tensor,
+        mean: torch.Tensor,
+        residual: torch.Tensor,
+        log_sum: torch.Tensor,
+        kappa: torch.Tensor,
+    ) -> None:
         self.x, self.alpha, self.sigma, self.d_alpha, self.slope = x, alpha, sigma, d_alpha, slope
         self.mean, self.residual, self.log_sum, self.kappa = mean, residual, log_sum, kappa
         self.dims = mean.shape[1]
@@ -218,7 +238,7 @@ def density_range(schedule: Schedule) -> tuple[float, float]:
     return low, high - EDGE if noise[1] == 0 else high
 
 
-def checked_weights(weights, data: torch.Tensor) -> torch.Tensor | None:
+def checked_weights(weights: torch.Tensor | None, data: torch.Tensor) -> torch.Tensor | None:
     """ln q_i in float64."""
     if weights is None:
         return None
@@ -236,7 +256,9 @@ def checked_weights(weights, data: torch.Tensor) -> torch.Tensor | None:
     return (weights / total).log()
 
 
-def nearest_points(x, alpha, data, centre, half_squares, k: int):
+def nearest_points(
+    x: torch.Tensor, alpha: torch.Tensor, data: torch.Tensor, centre: torch.Tensor, half_squares: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k smallest ‖x − αx_i‖² of each row: candidates by products over parts of the data, their distances and
     order by differences in float64. Nothing of size B × N is held, nor B × (k + SPARE) × D."""
     rows, points = x.shape[0], data.shape[0]
@@ -245,7 +267,9 @@ def nearest_points(x, alpha, data, centre, half_squares, k: int):
     scale = alpha[:, None]
     wide = torch.float64 if data.shape[1] <= FEW_DIMS else x.dtype
     with torch.no_grad():
-        scaled, keys, best = (scale * (x.double() - scale * centre.double())).to(wide), None, None
+        scaled = (scale * (x.double() - scale * centre.double())).to(wide)
+        keys: Any = None
+        best: Any = None
         for first in range(0, points, part):
             tile = data[first : first + part].to(wide)
             halves = half_squares[first : first + part].to(wide) * scale.square().to(wide)
@@ -257,8 +281,8 @@ def nearest_points(x, alpha, data, centre, half_squares, k: int):
             keys = keys.topk(min(count, keys.shape[1]), 1, largest=False).values
         index = (keys & (2**32 - 1)).sort(1).values
         wide_x = x.double()
-        squares = [(wide_x - scale * data[column].double()).square().sum(1) for column in index.unbind(1)]
-        squares, order = torch.stack(squares, 1).sort(dim=1, stable=True)
+        distances = [(wide_x - scale * data[column].double()).square().sum(1) for column in index.unbind(1)]
+        squares, order = torch.stack(distances, 1).sort(dim=1, stable=True)
         return squares[:, :k], index.gather(1, order)[:, :k]
 
 

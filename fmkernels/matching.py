@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import _checks
+from .distributions import Normal
 from .objectives import (
     NAMED,
     REDUCTIONS,
@@ -64,7 +66,7 @@ class Batch:
     coupled: bool = False
 
     def __repr__(self) -> str:
-        def shown(value):
+        def shown(value: torch.Tensor | None) -> str:
             if value is None:
                 return "drawn again"
             return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -105,14 +107,14 @@ class FlowMatching(torch.nn.Module):
         schedule: Schedule | None = None,
         prediction: str = "velocity",
         compare: str | None = None,
-        weight: str | MinSNR | Callable | None = None,
+        weight: str | MinSNR | Callable[..., Any] | None = None,
         rho: str | PseudoHuber = "square",
         timesteps: TimestepSampler | None = None,
         noise: str = "auto",
         *,
         sigma_floor: float = 0.05,
         sigma_data: float = 0.5,
-    ):
+    ) -> None:
         super().__init__()
         self.schedule = CondOT() if schedule is None else schedule
         self.objective = Objective(self.schedule, prediction, compare, weight, rho, sigma_floor, sigma_data)
@@ -127,7 +129,7 @@ class FlowMatching(torch.nn.Module):
         self._rho = (RHOS[self.objective.rho_name], self.objective.rho_k)
 
     @classmethod
-    def named(cls, name: str, schedule: Schedule | None = None, **options) -> FlowMatching:
+    def named(cls, name: str, schedule: Schedule | None = None, **options: Any) -> FlowMatching:
         """An objective by ``name``: "flow_matching", "ddpm", "score_matching" or "scoreflow"; ``schedule`` and options
         are those of the class."""
         _checks.choice("name", name, NAMED)
@@ -230,7 +232,7 @@ class FlowMatching(torch.nn.Module):
             REDUCTIONS[reduction], *self._rho, batch.first_row,
         )  # fmt: skip
 
-    def velocity(self, model: Callable) -> VelocityField:
+    def velocity(self, model: Callable[..., Any]) -> VelocityField:
         """The velocity field v(t, x) that ``model`` implies, for an ODE solver: see :class:`VelocityField`."""
         if not callable(model):
             raise TypeError(f"model: expected a callable model(x, t, **extras), got {type(model).__name__}")
@@ -246,7 +248,9 @@ class FlowMatching(torch.nn.Module):
         return ", ".join([*lines, f"timesteps={self.timesteps!r}", f"noise={self.noise!r}"])
 
 
-def expected_terms(batch: Batch, reference, schedule: Schedule, objective: Objective):
+def expected_terms(
+    batch: Batch, reference: torch.Tensor, schedule: Schedule, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """E[x1|x_t], E[x0|x_t] and E[z|x_t] over data from ``reference``, in at least float32."""
     x1, x_t, t = batch.x1, batch.x_t, batch.time
     _checks.tensor("reference", reference)
@@ -282,7 +286,7 @@ class VelocityField(torch.nn.Module):
     nothing where σ = 0, noise and score models where α = 0.
     """
 
-    def __init__(self, fm: FlowMatching, model: Callable):
+    def __init__(self, fm: FlowMatching, model: Callable[..., Any]) -> None:
         super().__init__()
         self.fm = fm
         self.model = model
@@ -294,7 +298,7 @@ class VelocityField(torch.nn.Module):
             high = min(high, 1.0 - EDGE)
         self.t_range = (low, high)
 
-    def forward(self, t: torch.Tensor, x: torch.Tensor, **extras) -> torch.Tensor:
+    def forward(self, t: torch.Tensor, x: torch.Tensor, **extras: Any) -> torch.Tensor:
         _checks.tensor("x", x)
         _checks.floating("x", x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -310,13 +314,13 @@ class VelocityField(torch.nn.Module):
         f, g, scale = velocity_from_prediction(objective.prediction, coefficients, objective.sigma_data)
         network_t = objective.table(t, coefficients)[0][..., 5] if objective.prediction == "edm" else t
 
-        def rowwise(c):
+        def rowwise(c: torch.Tensor) -> torch.Tensor:
             return c.reshape(-1, *(1,) * (x.dim() - 1))
 
         inputs = x if objective.prediction != "edm" else (rowwise(scale) * x).to(x.dtype)
         return (rowwise(f) * x + rowwise(g) * self.model(inputs, network_t, **extras)).to(x.dtype)
 
-    def base(self):
+    def base(self) -> Normal:
         """The distribution at the lower end of ``t_range``, that of the schedule's noise."""
         return self.fm.schedule.base()
 

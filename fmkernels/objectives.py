@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class MinSNR:
 
     k: float = 5.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.number("k", self.k, 0.0, open_low=True)
 
 
@@ -68,7 +69,7 @@ class PseudoHuber:
 
     k: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.number("k", self.k, 0.0, open_low=True)
 
 
@@ -90,15 +91,15 @@ class Objective:
     schedule: Schedule
     prediction: str = "velocity"
     compare: str | None = None
-    weight: str | MinSNR | Callable | None = None
+    weight: str | MinSNR | Callable[..., Any] | None = None
     rho: str | PseudoHuber = "square"
     sigma_floor: float = 0.05
     sigma_data: float = 0.5
-    weight_fn: Callable | None = field(init=False, default=None, repr=False)
+    weight_fn: Callable[..., Any] | None = field(init=False, default=None, repr=False)
     weight_name: str = field(init=False, default="none", repr=False)
     weight_k: float = field(init=False, default=0.0, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule: expected a fmkernels schedule, got {type(self.schedule).__name__}")
         _checks.choice("prediction", self.prediction, PREDICTIONS)
@@ -116,7 +117,7 @@ class Objective:
         self._parse_weight()
         self._check_schedule()
 
-    def _parse_weight(self):
+    def _parse_weight(self) -> None:
         weight, name, k, fn = self.weight, "none", 0.0, None
         if weight == "min_snr":
             weight = MinSNR()
@@ -145,7 +146,7 @@ class Objective:
         object.__setattr__(self, "weight_name", name)
         object.__setattr__(self, "weight_k", k)
 
-    def _check_schedule(self):
+    def _check_schedule(self) -> None:
         schedule = self.schedule
         if schedule.bridge and (self.prediction in ("noise", "score", "edm")):
             raise ValueError(
@@ -168,7 +169,7 @@ class Objective:
         if self.schedule.code == CUSTOM:
             return 1.0
         low = torch.tensor(self.schedule.t_range[0], dtype=torch.float64)
-        return self.schedule.coefficients(low).alpha.tolist()
+        return float(self.schedule.coefficients(low).alpha)
 
     @property
     def compares_velocity(self) -> bool:
@@ -241,7 +242,9 @@ def objective_weight(weight: int, k: float, prediction: int, v: Coefficients) ->
     return torch.ones_like(v.sigma)
 
 
-def objective_table(t, v, prediction, compare, o0, weight, k):
+def objective_table(
+    t: torch.Tensor, v: Coefficients, prediction: int, compare: int | bool, o0: float, weight: int, k: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The table of an objective; mirrors ``objective_row`` of csrc/math/objective.h."""
     w = v.d_alpha * v.sigma - v.alpha * v.d_sigma
     one, zero = torch.ones_like(v.sigma), torch.zeros_like(v.sigma)
@@ -266,7 +269,9 @@ def objective_table(t, v, prediction, compare, o0, weight, k):
     return rows, scale
 
 
-def velocity_from_prediction(prediction: str, v: Coefficients, sigma_data: float):
+def velocity_from_prediction(
+    prediction: str, v: Coefficients, sigma_data: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(f, g, scale) such that the velocity is f·x_t + g·prediction, the network being given scale·x_t.
 
     With bridge noise, σ stands for σe = √(σ² + γ²) and σ' for σe' = (σσ' + γγ')/σe. Source:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,7 +64,7 @@ class Schedule:
     _default_range: tuple[float, float] = (0.0, 1.0)
     _parameters_: tuple[str, ...] = ()
 
-    def __init__(self, *, t_range: tuple[float, float] | None = None):
+    def __init__(self, *, t_range: tuple[float, float] | None = None) -> None:
         self.t_range = self._default_range if t_range is None else _checked_range(t_range)
         low, high = self._default_range
         if self.t_range[0] < low or self.t_range[1] > high:
@@ -87,7 +87,7 @@ class Schedule:
         """The distribution at t = 0: standard normal noise, unless the schedule scales it."""
         return StandardNormal()
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and (self.parameters_, self.t_range) == (other.parameters_, other.t_range)
 
     def __hash__(self) -> int:
@@ -113,11 +113,11 @@ class CondOT(Schedule):
     code = 0
     _parameters_ = ("sigma_min",)
 
-    def __init__(self, sigma_min: float = 0.0, *, t_range=None):
+    def __init__(self, sigma_min: float = 0.0, *, t_range: tuple[float, float] | None = None) -> None:
         self.sigma_min = _checks.number("sigma_min", sigma_min, 0.0, 1.0)
         super().__init__(t_range=t_range)
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         return Coefficients(t, 1 - (1 - self.sigma_min) * t, zero, one, one * (self.sigma_min - 1), zero)
 
@@ -138,18 +138,20 @@ class VP(Schedule):
     _default_range = (0.0, 1.0 - EDGE)
     _parameters_ = ("beta_min", "beta_max")
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, *, t_range=None):
+    def __init__(
+        self, beta_min: float = 0.1, beta_max: float = 20.0, *, t_range: tuple[float, float] | None = None
+    ) -> None:
         self.beta_min = _checks.number("beta_min", beta_min, 0.0, open_low=True)
         self.beta_max = _checks.number("beta_max", beta_max, self.beta_min)
         super().__init__(t_range=t_range)
 
-    def _diffusion(self, t):
+    def _diffusion(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         s = 1 - t
         integral = s * self.beta_min + 0.5 * s * s * (self.beta_max - self.beta_min)
         beta = self.beta_min + s * (self.beta_max - self.beta_min)
         return torch.exp(-0.5 * integral), -torch.expm1(-integral), beta
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         alpha, variance, beta = self._diffusion(t)
         sigma, zero = variance.sqrt(), torch.zeros_like(t)
         return Coefficients(alpha, sigma, zero, 0.5 * beta * alpha, -0.5 * beta * alpha * alpha / sigma, zero)
@@ -168,7 +170,7 @@ class SubVP(VP):
     code = 5
     _default_range = (0.0, 1.0)
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         alpha, variance, beta = self._diffusion(t)
         zero = torch.zeros_like(t)
         return Coefficients(alpha, variance, zero, 0.5 * beta * alpha, -beta * alpha * alpha, zero)
@@ -187,17 +189,19 @@ class VE(Schedule):
     code = 2
     _parameters_ = ("sigma_min", "sigma_max")
 
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, *, t_range=None):
+    def __init__(
+        self, sigma_min: float = 0.01, sigma_max: float = 50.0, *, t_range: tuple[float, float] | None = None
+    ) -> None:
         self.sigma_min = _checks.number("sigma_min", sigma_min, 0.0, open_low=True)
         self.sigma_max = _checks.number("sigma_max", sigma_max, self.sigma_min, open_low=True)
         super().__init__(t_range=t_range)
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         log_ratio = math.log(self.sigma_max / self.sigma_min)
         sigma, zero = self.sigma_min * torch.exp((1 - t) * log_ratio), torch.zeros_like(t)
         return Coefficients(torch.ones_like(t), sigma, zero, zero, -log_ratio * sigma, zero)
 
-    def base(self):
+    def base(self) -> Normal:
         return Normal(self.sigma_max)
 
 
@@ -209,7 +213,7 @@ class Cosine(Schedule):
 
     code = 3
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         half_pi, zero = math.pi / 2, torch.zeros_like(t)
         alpha, sigma = torch.sin(half_pi * t), torch.sin(half_pi * (1 - t))
         return Coefficients(alpha, sigma, zero, half_pi * sigma, -half_pi * alpha, zero)
@@ -224,7 +228,7 @@ class LinearVP(Schedule):
     code = 4
     _default_range = (0.0, 1.0 - EDGE)
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         sigma, zero = ((1 - t) * (1 + t)).sqrt(), torch.zeros_like(t)
         return Coefficients(t, sigma, zero, torch.ones_like(t), -t / sigma, zero)
 
@@ -242,13 +246,13 @@ class Polynomial(Schedule):
     code = 6
     _parameters_ = ("n",)
 
-    def __init__(self, n: float, *, t_range=None):
+    def __init__(self, n: float, *, t_range: tuple[float, float] | None = None) -> None:
         self.n = _checks.number("n", n, 0.0, open_low=True)
         if self.n < 1:
             self._default_range = (EDGE, 1.0)
         super().__init__(t_range=t_range)
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         sigma = -torch.expm1(self.n * t.log())  # 1 − tⁿ without its cancellation near t = 1
         d_alpha, zero = self.n * t ** (self.n - 1), torch.zeros_like(t)
         return Coefficients(t**self.n, sigma, zero, d_alpha, -d_alpha, zero)
@@ -268,15 +272,15 @@ class ConstantNoise(Schedule):
     bridge = True
     _parameters_ = ("s",)
 
-    def __init__(self, s: float, *, t_range=None):
+    def __init__(self, s: float, *, t_range: tuple[float, float] | None = None) -> None:
         self.s = _checks.number("s", s, 0.0)
         super().__init__(t_range=t_range)
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         return Coefficients(t, 1 - t, one * self.s, one, -one, zero)
 
-    def base(self):
+    def base(self) -> Normal:
         return Normal(math.sqrt(1 + self.s**2))
 
 
@@ -294,11 +298,11 @@ class SchrodingerBridge(Schedule):
     bridge = True
     _parameters_ = ("s",)
 
-    def __init__(self, s: float, *, t_range=None):
+    def __init__(self, s: float, *, t_range: tuple[float, float] | None = None) -> None:
         self.s = _checks.number("s", s, 0.0)
         super().__init__(t_range=t_range)
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         product = t * (1 - t)
         inside = product > 0
         root = torch.where(inside, product, 1.0).sqrt()  # keeps the gradient finite at the ends
@@ -321,7 +325,9 @@ class Custom(Schedule, torch.nn.Module):
         bridge: whether γ may be non-zero; without it a third coefficient is refused.
     """
 
-    def __init__(self, fn: Callable, *, t_range=None, bridge: bool = False):
+    def __init__(
+        self, fn: Callable[..., Any], *, t_range: tuple[float, float] | None = None, bridge: bool = False
+    ) -> None:
         torch.nn.Module.__init__(self)
         if not callable(fn):
             raise TypeError(f"fn: expected a callable t -> coefficients, got {type(fn).__name__}")
@@ -329,23 +335,24 @@ class Custom(Schedule, torch.nn.Module):
         self.bridge = bool(bridge)
         Schedule.__init__(self, t_range=t_range)
 
-    def coefficients(self, t):
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
         values = self._evaluate(t)
         if len(values) == 6:
             return Coefficients(*values)
         derivatives = self._derivatives(t, len(values))
         if len(values) == 2:
             zero = torch.zeros_like(t)
-            return Coefficients(*values, zero, *derivatives, zero)
+            (alpha, sigma), (d_alpha, d_sigma) = values, derivatives
+            return Coefficients(alpha, sigma, zero, d_alpha, d_sigma, zero)
         return Coefficients(*values, *derivatives)
 
-    def _derivatives(self, t, count):
+    def _derivatives(self, t: torch.Tensor, count: int) -> list[torch.Tensor]:
         if _registration.transforming():  # forward mode does not nest in a caller's; each value is elementwise in t
             return [torch.func.grad(lambda s, i=i: self._evaluate(s)[i].sum())(t) for i in range(count)]
-        _, tangents = torch.func.jvp(self._evaluate, (t,), (torch.ones_like(t),))
+        _, tangents, *_ = torch.func.jvp(self._evaluate, (t,), (torch.ones_like(t),))
         return [tangent.to(t.dtype) for tangent in tangents]  # of a 0-dimensional t they come out in float64
 
-    def _evaluate(self, t):
+    def _evaluate(self, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         values = tuple(self.fn(t))
         if len(values) not in (2, 3, 6):
             raise ValueError(f"fn: expected 2, 3 or 6 coefficients, got {len(values)}")
@@ -356,7 +363,7 @@ class Custom(Schedule, torch.nn.Module):
                 raise TypeError(f"fn: expected tensors of t's shape, got {type(value).__name__}")
         return tuple(value.to(t.dtype).expand(t.shape) for value in values)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return self is other
 
     def __hash__(self) -> int:
@@ -369,7 +376,7 @@ class Custom(Schedule, torch.nn.Module):
         return f"Custom({name}{', bridge=True' if self.bridge else ''})"
 
 
-def _checked_range(t_range) -> tuple[float, float]:
+def _checked_range(t_range: Any) -> tuple[float, float]:
     if not isinstance(t_range, (tuple, list)) or len(t_range) != 2:
         raise TypeError(f"t_range: expected a pair (low, high), got {t_range!r}")
     low = _checks.number("t_range[0]", t_range[0], 0.0, 1.0)

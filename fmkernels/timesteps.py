@@ -9,6 +9,7 @@ by the seed: every stratum holds exactly one time, whatever the batch is split i
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class TimestepSampler:
     code: int = -1  # of the kernels' own samplers, 0 and up
     _parameters_: tuple[str, ...] = ()
 
-    def __init__(self, *, shift: float = 1.0, stratified: bool = False):
+    def __init__(self, *, shift: float = 1.0, stratified: bool = False) -> None:
         self.shift = _checks.number("shift", shift, 0.0, open_low=True)
         if not isinstance(stratified, bool):
             raise TypeError(f"stratified: expected a bool, got {type(stratified).__name__}")
@@ -37,7 +38,8 @@ class TimestepSampler:
     @property
     def parameters_(self) -> tuple[float, float]:
         """The two numbers that kernels are given, in the order of ``csrc/math/timestep.h``."""
-        return tuple(getattr(self, name) if name else 0.0 for name in (*self._parameters_, "", "")[:2])
+        first, second = (getattr(self, name) if name else 0.0 for name in (*self._parameters_, "", "")[:2])
+        return first, second
 
     def inverse_cdf(self, u: torch.Tensor) -> torch.Tensor:
         """t = F⁻¹(u), shifted; u in (0, 1), float64 (float32 is accepted and less exact)."""
@@ -47,7 +49,7 @@ class TimestepSampler:
     def _inverse_cdf(self, u: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must implement _inverse_cdf(u)")
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
@@ -68,12 +70,12 @@ class Uniform(TimestepSampler):
     code = 0
     _parameters_ = ("lo", "hi")
 
-    def __init__(self, lo: float = 0.0, hi: float = 1.0, **options):
+    def __init__(self, lo: float = 0.0, hi: float = 1.0, **options: Any) -> None:
         self.lo = _checks.number("lo", lo, 0.0, 1.0)
         self.hi = _checks.number("hi", hi, self.lo, 1.0)
         super().__init__(**options)
 
-    def _inverse_cdf(self, u):
+    def _inverse_cdf(self, u: torch.Tensor) -> torch.Tensor:
         return self.lo + (self.hi - self.lo) * u
 
 
@@ -86,12 +88,12 @@ class LogitNormal(TimestepSampler):
     code = 1
     _parameters_ = ("mean", "std")
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, **options):
+    def __init__(self, mean: float = 0.0, std: float = 1.0, **options: Any) -> None:
         self.mean = _checks.number("mean", mean)
         self.std = _checks.number("std", std, 0.0, open_low=True)
         super().__init__(**options)
 
-    def _inverse_cdf(self, u):
+    def _inverse_cdf(self, u: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
@@ -104,14 +106,14 @@ class Mode(TimestepSampler):
     code = 2
     _parameters_ = ("scale",)
 
-    def __init__(self, scale: float = 1.29, **options):
+    def __init__(self, scale: float = 1.29, **options: Any) -> None:
         limit = 2 / (math.pi - 2)
         if isinstance(scale, float) and limit < scale < limit + 1e-12:
             scale = limit
         self.scale = _checks.number("scale", scale, -1.0, limit)
         super().__init__(**options)
 
-    def _inverse_cdf(self, u):
+    def _inverse_cdf(self, u: torch.Tensor) -> torch.Tensor:
         return u - self.scale * (torch.sin(math.pi / 2 * u).square() - u)
 
 
@@ -123,7 +125,7 @@ class CosMap(TimestepSampler):
 
     code = 3
 
-    def _inverse_cdf(self, u):
+    def _inverse_cdf(self, u: torch.Tensor) -> torch.Tensor:
         sine = torch.sin(math.pi / 2 * u)
         return sine / (sine + torch.cos(math.pi / 2 * u))
 
@@ -137,10 +139,10 @@ class Beta(TimestepSampler):
     code = 4
     _parameters_ = ("scale", "a")
 
-    def __init__(self, a: float = 1.5, scale: float = 1.0, **options):
+    def __init__(self, a: float = 1.5, scale: float = 1.0, **options: Any) -> None:
         self.a = _checks.number("a", a, 0.0, open_low=True)
         self.scale = _checks.number("scale", scale, 0.0, 1.0, open_low=True)
         super().__init__(**options)
 
-    def _inverse_cdf(self, u):
+    def _inverse_cdf(self, u: torch.Tensor) -> torch.Tensor:
         return -self.scale * torch.expm1(torch.log(u) / self.a)

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "torch/namespace.h"
+
 #ifndef FMK_BUILD_INFO  // setup.py defines it, for this file only
 #define FMK_BUILD_INFO "{}"
 #endif

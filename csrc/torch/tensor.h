@@ -23,9 +23,14 @@
 #include <vector>
 
 #include "math/half.h"
+#include "torch/namespace.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
+#endif
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has only the one without the cause
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
 // FMK_CHECK(condition, message...) throws; the parts of the message are written one after the other.

@@ -121,7 +121,7 @@ def call(x, alpha, sigma, data, log_weights, centre=None, half_squares=None) -> 
             return Moments.apply(x, arguments[1:])
         with _registration.below_autograd():  # what the Autograd-key kernel would decide, without its cost
             return _op(*arguments)
-    return torch.ops.fmkernels.marginal_field(*arguments)
+    return _registration.ops.marginal_field(*arguments)
 
 
 SCHEMA = (
@@ -163,7 +163,7 @@ def marginal_field_autograd(x, alpha, sigma, data, log_weights, centre, half_squ
     if _registration.transforming() or _registration.requires_grad(x, alpha, sigma, data, log_weights):
         return posterior_moments(x, alpha, sigma, data, log_weights)
     with _registration.below_autograd():
-        return torch.ops.fmkernels.marginal_field(x, alpha, sigma, data, log_weights, centre, half_squares)
+        return _registration.ops.marginal_field(x, alpha, sigma, data, log_weights, centre, half_squares)
 
 
 class Moments(torch.autograd.Function):

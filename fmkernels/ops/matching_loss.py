@@ -170,7 +170,7 @@ def call(prediction, x1, table, x0, z, key, terms, weight, mask, reduction, kind
         if torch.is_grad_enabled() and prediction.requires_grad:
             return MatchingLoss.apply(prediction, arguments)
         return _forward(*arguments, False)[0]
-    return torch.ops.fmkernels.matching_loss(*arguments)
+    return _registration.ops.matching_loss(*arguments)
 
 
 INPUTS = (
@@ -195,7 +195,7 @@ def _rowwise(coefficient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _draw(x1, t_dims, key, first_row, stream):
     rows, columns = math.prod(x1.shape[:t_dims]), math.prod(x1.shape[t_dims:])
-    return torch.ops.fmkernels.noise(key, rows, columns, first_row, stream, 0, 0, x1.dtype).reshape(x1.shape)
+    return _registration.ops.noise(key, rows, columns, first_row, stream, 0, 0, x1.dtype).reshape(x1.shape)
 
 
 def residual(prediction, x1, x0, z, table, mask, key, first_row, terms):

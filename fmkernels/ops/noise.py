@@ -15,7 +15,7 @@ DISTRIBUTIONS = {"normal": 0, "uniform": 1}
 MAX_COLUMNS = 2**34  # the column group is a 32-bit word of the counter
 
 
-def key(device=None, generator: torch.Generator | None = None) -> torch.Tensor:
+def key(device: torch.device | str | int | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw a key: an int64 tensor ``[1]`` on ``device``, by one ``torch.randint`` (``generator`` None: torch's own).
 
     ``torch.manual_seed`` and ``torch.compile`` work as for any torch draw, of which this is one; a Generator cannot be
@@ -71,7 +71,7 @@ def noise(
     _checks.choice("distribution", distribution, DISTRIBUTIONS)
     if dtype not in _checks.FLOATING:
         raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
-    return torch.ops.fmkernels.noise(
+    return _registration.ops.noise(
         key, rows, columns, first_row, STREAMS[stream], index, DISTRIBUTIONS[distribution], dtype
     )
 
@@ -167,7 +167,7 @@ def permute(key: torch.Tensor, n: int, x: torch.Tensor) -> torch.Tensor:
 
 def timestep_uniform(key: torch.Tensor, rows: int, first_row: int, strata: int) -> torch.Tensor:
     """The uniform of each row in float64: its own word, or that word's place in stratum π(row) of ``strata`` > 0."""
-    u = torch.ops.fmkernels.noise(
+    u = _registration.ops.noise(
         key, rows, 1, first_row, STREAMS["time"], 0, DISTRIBUTIONS["uniform"], torch.float64
     ).reshape(rows)
     if strata == 0:

@@ -59,7 +59,7 @@ def probe(
     if dtype not in _checks.FLOATING:
         raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
     check(distribution, probes, first_probe, first_row, columns)
-    return torch.ops.fmkernels.probe(
+    return _registration.ops.probe(
         key, rows, columns, PROBES[distribution], probes, first_probe, first_row, dtype
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ def probe_reference(key, rows, columns, distribution, probes, first_probe, first
     if distribution == PROBES["normal"]:
         normal = (rows, columns, first_row, STREAMS["probe"])
         drawn = [
-            torch.ops.fmkernels.noise(key, *normal, first_probe + i, DISTRIBUTIONS["normal"], dtype)
+            _registration.ops.noise(key, *normal, first_probe + i, DISTRIBUTIONS["normal"], dtype)
             for i in range(probes)
         ]
         return torch.stack(drawn) if drawn else key.new_empty((0, rows, columns), dtype=dtype)

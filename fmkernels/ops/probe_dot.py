@@ -49,7 +49,7 @@ def probe_dot(
     if _registration.eager() and not _registration.requires_grad(values):
         with _registration.below_autograd():  # what the Autograd-key kernel would decide, without its cost
             return _op(*arguments)
-    return torch.ops.fmkernels.probe_dot(*arguments)
+    return _registration.ops.probe_dot(*arguments)
 
 
 SCHEMA = "probe_dot(Tensor key, Tensor values, int distribution, SymInt first_probe, SymInt first_row) -> Tensor"
@@ -62,7 +62,7 @@ def compute_dtype(values: torch.Tensor) -> torch.dtype:
 def drawn(key, shape, distribution, first_probe, first_row, dtype) -> torch.Tensor:
     """The probes [probes, rows, …] of values of that shape and dtype."""
     probes, rows, *trailing = shape
-    return torch.ops.fmkernels.probe(
+    return _registration.ops.probe(
         key, rows, math.prod(trailing), distribution, probes, first_probe, first_row, dtype
     ).reshape(shape)
 
@@ -101,7 +101,7 @@ def probe_dot_autograd(key, values, *rest):
     if _registration.requires_grad(values):
         return ProbeDot.apply(values, key, *rest)
     with _registration.below_autograd():
-        return torch.ops.fmkernels.probe_dot(key, values, *rest)
+        return _registration.ops.probe_dot(key, values, *rest)
 
 
 _registration.define(SCHEMA, probe_dot_reference, probe_dot_fake)

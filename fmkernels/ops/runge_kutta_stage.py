@@ -68,7 +68,7 @@ def runge_kutta_stage(
         raise ValueError(f"row: expected below {coefficients.shape[0]}, the rows of coefficients, got {row}")
     if nudge not in (-1, 0, 1):
         raise ValueError(f"nudge: expected -1, 0 or 1, got {nudge!r}")
-    return torch.ops.fmkernels.runge_kutta_stage(y, list(k), times, step, coefficients, row, nudge)
+    return _registration.ops.runge_kutta_stage(y, list(k), times, step, coefficients, row, nudge)
 
 
 def check_times(name: str, times, y: torch.Tensor) -> None:

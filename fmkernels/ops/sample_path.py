@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,7 +52,7 @@ class PathArguments(NamedTuple):
     @classmethod
     def of(cls, objective: Objective, timesteps: TimestepSampler) -> PathArguments:
         schedule = objective.schedule
-        return cls(
+        values: tuple[Any, ...] = (
             schedule.code,
             *map(float, schedule.parameters_),
             *map(float, schedule.t_range),
@@ -66,6 +66,7 @@ class PathArguments(NamedTuple):
             WEIGHTS[objective.weight_name],
             objective.weight_k,
         )
+        return cls(*values)
 
 
 def sample_path(
@@ -155,7 +156,7 @@ def check(x1, x0, t, key, t_dims, first_row, total_rows) -> None:
             )
 
 
-def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, total_rows, bits) -> tuple:
+def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, total_rows, bits) -> tuple[Any, ...]:
     """The op call behind the checks, returning the fields of a :class:`PathSample`; shared with FlowMatching."""
     dims = t_dims if t is None else t.dim()
     per_sample = math.prod(x1.shape[1:dims]) if dims > 1 else 1
@@ -176,7 +177,7 @@ def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, tota
         with _registration.below_autograd():  # what the Autograd-key kernel would decide, without its cost
             x_t, t, table, drawn, z = _op(*inputs)
     else:
-        x_t, t, table, drawn, z = torch.ops.fmkernels.sample_path(*inputs)
+        x_t, t, table, drawn, z = _registration.ops.sample_path(*inputs)
     return x_t, t, table, drawn if bits & STORE_X0 else None, z if bits & STORE_Z else None
 
 
@@ -258,7 +259,7 @@ def sample_path_reference(
 
     def draw(stream):
         rows, columns = math.prod(x1.shape[:t_dims]), math.prod(x1.shape[t_dims:])
-        drawn = torch.ops.fmkernels.noise(key, rows, columns, first_row, stream, 0, 0, x1.dtype)
+        drawn = _registration.ops.noise(key, rows, columns, first_row, stream, 0, 0, x1.dtype)
         return drawn.reshape(x1.shape)
 
     source = draw(STREAMS["x0"]) if x0 is None else x0
@@ -292,7 +293,7 @@ def sample_path_autograd(x1, x0, t, coefficients, key, *rest):
     if _registration.transforming() or _registration.requires_grad(x1, x0, t, coefficients):
         return sample_path_reference(x1, x0, t, coefficients, key, *rest)
     with _registration.below_autograd():
-        return torch.ops.fmkernels.sample_path(x1, x0, t, coefficients, key, *rest)
+        return _registration.ops.sample_path(x1, x0, t, coefficients, key, *rest)
 
 
 _registration.define(SCHEMA, sample_path_reference, sample_path_fake)

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from .. import _registration
 from ..ops.runge_kutta_step import SETTINGS
 from .tableaus import Tableau
 
-STAGE = torch.ops.fmkernels.runge_kutta_stage.default
-STEP = torch.ops.fmkernels._runge_kutta_step_.default
+STAGE = _registration.ops.runge_kutta_stage.default
+STEP = _registration.ops._runge_kutta_step_.default
 
 
 class StagePlan(NamedTuple):

@@ -39,7 +39,7 @@ class Solution:
     steps: torch.Tensor | None = None
     _dense: Callable | None = field(default=None, repr=False)
 
-    def __call__(self, t) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def __call__(self, t: float | torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The solution at time t, a number or [B], by the method's interpolant: [B, …]; NaN beyond what a row covered.
 
         Needs ``solve(..., dense=True)``.

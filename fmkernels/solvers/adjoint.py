@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,15 +24,27 @@ from ._odeint_inputs import (
     torchdiffeq_function,
 )
 from .events import Event, combined, until_event
-from .odeint import integrate
+from .odeint import State, Tolerance, integrate
 
 __all__ = ["odeint_adjoint"]
 
 
 def odeint_adjoint(
-    func: Callable, y0, t: torch.Tensor, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
-    adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None, adjoint_params=None,
-):  # fmt: skip
+    func: Callable[..., Any],
+    y0: State,
+    t: torch.Tensor,
+    *,
+    rtol: Tolerance = 1e-7,
+    atol: Tolerance = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable[..., torch.Tensor] | None = None,
+    adjoint_rtol: Tolerance | None = None,
+    adjoint_atol: Tolerance | None = None,
+    adjoint_method: str | None = None,
+    adjoint_options: dict[str, Any] | None = None,
+    adjoint_params: Iterable[torch.Tensor] | None = None,
+) -> Any:
     r"""``odeint`` whose gradients come from the adjoint equation: torchdiffeq's ``odeint_adjoint``.
 
     With a = ∂L/∂y the backward pass solves dy/dt = f, da/dt = −a·∂f/∂y, together with dL/dθ = −∫ a·∂f/∂θ dt, from each
@@ -104,10 +116,10 @@ def odeint_adjoint(
 class Backward(NamedTuple):
     """How the backward solve is made."""
 
-    rtol: float
-    atol: float
+    rtol: Tolerance
+    atol: Tolerance
     method: str
-    options: dict
+    options: dict[str, Any]
 
 
 def _parameters(module: nn.Module) -> list[torch.Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -16,8 +17,21 @@ from .events import EventGradient, combined, until_event
 
 __all__ = ["odeint", "odeint_dense", "odeint_event"]
 
+State = torch.Tensor | tuple[torch.Tensor, ...]
+Tolerance = float | torch.Tensor | Sequence[float | torch.Tensor]
 
-def odeint(func: Callable, y0, t: torch.Tensor, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None):
+
+def odeint(
+    func: Callable[..., Any],
+    y0: State,
+    t: torch.Tensor,
+    *,
+    rtol: Tolerance = 1e-7,
+    atol: Tolerance = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable[..., torch.Tensor] | None = None,
+) -> Any:
     r"""Solve dy/dt = func(t, y), y(t[0]) = y0, with one step size for the whole state: torchdiffeq's ``odeint``.
 
     A call means what it means there, with the same steps and the same evaluations. Where :func:`~fmkernels.solve` gives
@@ -53,8 +67,8 @@ def odeint(func: Callable, y0, t: torch.Tensor, *, rtol=1e-7, atol=1e-9, method=
 
     Source: R. T. Q. Chen, "torchdiffeq" (2018), github.com/rtqichen/torchdiffeq.
     """
-    if check_method(method) in HANDED_OVER:
-        return torchdiffeq_function("odeint", method)(
+    if (name := check_method(method)) in HANDED_OVER:
+        return torchdiffeq_function("odeint", name)(
             func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
         )
     if event_fn is not None and len(t) != 2:
@@ -74,15 +88,15 @@ def integrate(problem: Problem) -> torch.Tensor:
 
 
 def odeint_event(
-    func: Callable,
-    y0,
+    func: Callable[..., Any],
+    y0: State,
     t0: torch.Tensor,
     *,
-    event_fn: Callable,
+    event_fn: Callable[..., torch.Tensor],
     reverse_time: bool = False,
-    odeint_interface: Callable = odeint,
-    **kwargs,
-):
+    odeint_interface: Callable[..., Any] = odeint,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, State]:
     """Solve from t0 until ``event_fn`` crosses zero, the event's time being differentiable: torchdiffeq's function.
 
     Args:
@@ -109,7 +123,17 @@ def odeint_event(
     return event_t, tuple(torch.cat([s[:-1], last.unsqueeze(0)]) for s, last in zip(solution, state, strict=True))
 
 
-def odeint_dense(func: Callable, y0: torch.Tensor, t0, t1, *, rtol=1e-7, atol=1e-9, method=None, options=None):
+def odeint_dense(
+    func: Callable[..., Any],
+    y0: torch.Tensor,
+    t0: float | torch.Tensor,
+    t1: float | torch.Tensor,
+    *,
+    rtol: Tolerance = 1e-7,
+    atol: Tolerance = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> DenseSolution:
     """The solution as a function of time: torchdiffeq's ``odeint_dense``, for every adaptive method.
 
     Args:
@@ -134,18 +158,18 @@ def odeint_dense(func: Callable, y0: torch.Tensor, t0, t1, *, rtol=1e-7, atol=1e
         if len(steps) >= problem.options.max_num_steps:
             raise AssertionError(f"max_num_steps exceeded ({len(steps)}>={problem.options.max_num_steps})")
         if solver.attempt():
-            steps.append(solver.last)
+            steps.append(cast(Step, solver.last))
     return DenseSolution(problem, solver.plan, steps)
 
 
 class DenseSolution:
     """The interpolants of a solve's steps, found by time."""
 
-    def __init__(self, problem: Problem, plan: Plan, steps: list[Step]):
+    def __init__(self, problem: Problem, plan: Plan, steps: list[Step]) -> None:
         self.problem, self.plan, self.steps = problem, plan, steps
         self.ends = [problem.direction * step.t_next for step in steps]
 
-    def __call__(self, t) -> torch.Tensor:
+    def __call__(self, t: float | torch.Tensor) -> torch.Tensor:
         problem = self.problem
         t = torch.as_tensor(t, dtype=torch.float64, device=problem.y.device)
         values = [self._at(one) for one in t.reshape(-1).unbind()]
@@ -154,7 +178,7 @@ class DenseSolution:
 
     def _at(self, t: torch.Tensor) -> torch.Tensor:
         problem = self.problem
-        time = t.tolist()
+        time = float(t)
         i = bisect.bisect_left(self.ends, problem.direction * time)
         if i == len(self.steps) or (time - problem.values[0]) * problem.direction < 0:
             raise AssertionError(f"t: expected a time from {problem.values[0]} to {problem.values[-1]}, got {time}")

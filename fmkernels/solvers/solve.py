@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -38,7 +39,7 @@ class PID:
     min_factor: float = 0.2
     max_factor: float = 10.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("p", "i", "d"):
             _checks.number(name, getattr(self, name))
         _checks.number("safety", self.safety, 0.0, 1.0, open_low=True)
@@ -53,10 +54,10 @@ CONTROLLERS = {"I": PID(), "PI": PID(0.4, 0.3), "PID": PID(1 / 18, 1 / 9, 1 / 18
 
 
 def solve(
-    f: Callable,
+    f: Callable[..., Any],
     y0: torch.Tensor | tuple[torch.Tensor, ...],
-    t_span=(0.0, 1.0),
-    t_eval=None,
+    t_span: torch.Tensor | Sequence[float | torch.Tensor] = (0.0, 1.0),
+    t_eval: torch.Tensor | Sequence[float] | None = None,
     method: str = "dopri5",
     *,
     rtol: float | torch.Tensor = 1e-5,
@@ -138,7 +139,7 @@ def solve(
     settings = settings_tensor(
         problem.device, safety=controller.safety, min_factor=controller.min_factor, max_factor=controller.max_factor,
         accepted_floor=controller.min_factor, after_rejection_cap=1.0, min_step=min_step, max_step=max_step, clip=1.0,
-        step_limit=max_steps, snap=1e-10, **controller.exponents(tableau.error_order),
+        step_limit=max_steps, snap=1e-10, **controller.exponents(cast(int, tableau.error_order)),
     )  # fmt: skip
     tolerances = tolerance("rtol", rtol, problem), tolerance("atol", atol, problem)
     return AdaptiveSolve(
@@ -146,7 +147,18 @@ def solve(
     ).run(gradient, parameters, dense, record_steps, progress, cuda_graph)
 
 
-def check_options(method, gradient, min_step, max_step, max_steps, steps, step_size, dense, record_steps, cuda_graph):
+def check_options(
+    method: str,
+    gradient: str,
+    min_step: float,
+    max_step: float,
+    max_steps: int,
+    steps: int | None,
+    step_size: float | None,
+    dense: bool,
+    record_steps: bool,
+    cuda_graph: bool,
+) -> None:
     _checks.choice("method", method, {**ADAPTIVE, **FIXED})
     _checks.choice("gradient", gradient, GRADIENTS)
     _checks.number("min_step", min_step, 0.0)
@@ -163,8 +175,8 @@ def check_options(method, gradient, min_step, max_step, max_steps, steps, step_s
             _checks.count("steps", steps, 1)
         else:
             _checks.number("step_size", step_size, 0.0, open_low=True)
-        for name, value in (("dense", dense), ("record_steps", record_steps), ("cuda_graph", cuda_graph)):
-            if value:
+        for name, wanted in (("dense", dense), ("record_steps", record_steps), ("cuda_graph", cuda_graph)):
+            if wanted:
                 raise ValueError(f"{name}: expected an adaptive method, got {method!r}")
     else:
         for name, value in (("steps", steps), ("step_size", step_size)):

@@ -123,7 +123,9 @@ def _quartic(b: Weights, middle: Weights) -> tuple[Weights, ...]:
     return _interpolant(b, [(16 * m - 8 * w - 2 * slope,) for m, w, slope in zip(middle, b, slopes)])
 
 
-def _tableau(name: str, order: int, c: Weights, a: Sequence[Weights], b: Weights, lower: Weights | None = None):
+def _tableau(
+    name: str, order: int, c: Weights, a: Sequence[Weights], b: Weights, lower: Weights | None = None
+) -> Tableau:
     """The method with the chord as its interpolant; ``lower`` is b̂, of the order before."""
     error = None if lower is None else tuple(weight - other for weight, other in zip(b, lower))
     chord = tuple((weight,) for weight in b)
