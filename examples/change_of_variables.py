@@ -82,7 +82,7 @@ def log_prob_by_jacobian(field, x1: torch.Tensor, tolerance: float) -> torch.Ten
     """log p0(x0) + log|det ∂x0/∂x1| with x0 where ``solve`` ends, differentiated through its steps."""
     x1 = x1.clone().requires_grad_()
     low, high = field.t_range
-    solution = fmk.solve(field, x1, (high, low), rtol=tolerance, atol=tolerance, gradient="recorded")
+    solution = fmk.solve(field, x1, (high, low), rtol=tolerance, atol=tolerance, gradient="recorded", parameters=())
     x0 = solution.raise_for_status().y
     rows = [torch.autograd.grad(x0[:, i].sum(), x1, retain_graph=i == 0)[0] for i in range(2)]
     return field.base().log_prob(x0.detach()) + torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet

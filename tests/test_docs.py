@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import fmkernels as fmk
-from fmkernels import _registration, objectives
-from fmkernels.integrations import torchdiffeq
+from fmkernels import _registration, distributed, layers, objectives
+from fmkernels.integrations import diffusers, flow_matching, torchcfm, torchdiffeq
 from fmkernels.matching import NOISE_MODES
 from fmkernels.solvers._problem import STATUSES
 from fmkernels.solvers.solve import CONTROLLERS, GRADIENTS
@@ -158,10 +158,12 @@ def test_pictures_are_drawn(figures, tmp_path):
         assert (ROOT / "docs" / name).exists(), "run python docs/figures.py"
 
 
-PUBLIC = {name: getattr(fmk, name) for name in fmk.__all__ if name != "ops"}
+PUBLIC = {name: getattr(fmk, name) for name in fmk.__all__ if name not in ("ops", "layers")}
 PUBLIC |= {f"ops.{name}": getattr(fmk.ops, name) for name in fmk.ops.__all__}
+for module in (distributed, layers, diffusers, flow_matching, torchcfm, torchdiffeq):
+    own = (name for name in module.__all__ if getattr(module, name).__module__.startswith("fmkernels"))
+    PUBLIC |= {f"{module.__name__.removeprefix('fmkernels.')}.{name}": getattr(module, name) for name in own}
 PUBLIC |= {f"FlowMatching.{name}": getattr(fmk.FlowMatching, name) for name in ("sample", "loss", "velocity", "named")}
-PUBLIC |= {f"integrations.torchdiffeq.{name}": getattr(torchdiffeq, name) for name in torchdiffeq.__all__}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
