@@ -125,6 +125,11 @@ def test_layouts(make):
     for a, b in ((image, image), (image, image.contiguous()), (image.contiguous(), image)):
         same(*(scheduler.step(a, scheduler.timesteps[0], b)[0] for scheduler in scheduled({})))
         same(*(scheduler.scale_noise(a, scheduler.timesteps[2:3], b) for scheduler in scheduled({})))
+        results = []
+        for scheduler in scheduled(CONFIGS["stochastic"]):
+            torch.manual_seed(3)
+            results.append(scheduler.step(a, scheduler.timesteps[0], b)[0])
+        same(*results)
 
 
 @pytest.mark.parametrize("config", ["shift", "stochastic"])
@@ -303,6 +308,32 @@ def test_a_schedule_that_a_program_changes(how):
             x = scheduler.step(x.cos(), t, x)[0]
             x = x + scheduler.scale_noise(x, scheduler.timesteps[3:4], x.cos())
         results.append(x)
+    same(*results)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"])
+def test_a_copy_of_a_schedule_that_was_written_to(copied):
+    x, results = torch.ones(2, 3), []
+    for scheduler in scheduled({}):
+        scheduler = copied(scheduler)
+        scheduler.step(x, scheduler.timesteps[0], x)
+        scheduler.sigmas[2] = 0.55
+        results.append(copied(scheduler).step(x, scheduler.timesteps[1], x)[0])
+    same(*results)
+
+
+def test_a_schedule_set_by_a_subclass_alone():
+    x, results = torch.ones(2, 3), []
+    for module in (theirs, ours):
+
+        class Own(module.FlowMatchEulerDiscreteScheduler):
+            def __init__(self):
+                self.register_to_config(num_train_timesteps=1000, stochastic_sampling=False)
+                self.sigmas, self._step_index, self._begin_index = torch.linspace(1, 0, 5), None, None
+                self.timesteps = torch.tensor([500.0]).expand(4)
+
+        scheduler = Own()
+        results.append(scheduler.step(x, scheduler.timesteps[1:2], x)[0])
     same(*results)
 
 

@@ -195,6 +195,25 @@ def test_layouts(layout, other):
         same_samples(theirs.sample(x_1, x_0, t), mine.sample(x_1, x_0, t))
 
 
+def test_samples_may_be_changed_in_place():
+    x_0, x_1 = (LAYOUTS["channels_last"]() for _ in range(2))
+    t, weight, results = torch.rand(4), torch.ones(1, requires_grad=True), []
+    for path in pair("CondOTProbPath"):
+        with torch.no_grad():
+            sample = path.sample(x_0, x_1, t)
+        results.append((sample.x_t.mul_(weight), sample.dx_t.detach_()))
+    for a, b in zip(*results):
+        same(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__")
+def test_an_array_as_source():
+    x_0, x_1, t = torch.randn(4, 3).numpy(), torch.randn(4, 3), torch.rand(4)
+    theirs, mine = (path.sample(x_0, x_1, t) for path in pair("CondOTProbPath"))
+    same(theirs.x_t, mine.x_t)
+    same(theirs.dx_t, mine.dx_t)
+
+
 def test_shapes_that_broadcast():
     theirs, mine = pair("CondOTProbPath")
     t = torch.rand(4)

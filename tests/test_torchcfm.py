@@ -177,6 +177,19 @@ def test_the_same_layout(matcher, layout, fused):
     )
 
 
+def test_what_is_returned_may_be_changed_in_place(fused):
+    x0, x1 = (LAYOUTS["channels_last"](x) for x in sample((4, 3, 5, 6))[:2])
+    weight = torch.ones(1, requires_grad=True)
+
+    def call(m):
+        with torch.no_grad():
+            _, x_t, u_t = m.ConditionalFlowMatcher(0.3).sample_location_and_conditional_flow(x0, x1)
+        return x_t.mul_(weight), u_t.detach_()
+
+    assert_same(call)
+    assert fused == ["linear"]
+
+
 @each_fused
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_half_precision_keeps_dtypes_and_is_nearer(matcher, dtype, fused):
@@ -295,6 +308,22 @@ def test_a_hook_replaced_in_the_class_is_used(hook, monkeypatch, fused):
     for cls in CLASSES:
         assert_same(lambda m: getattr(m, cls)(0.3).sample_location_and_conditional_flow(x0, x1, t))
     assert len(fused) == sum(hook in vars(getattr(theirs, cls)) for cls in OVERRIDING)
+
+
+def test_hooks_of_ones_own_may_take_anything():
+    x, t = np.ones((3, 2)), np.ones((3, 1))
+
+    class Points:
+        def sample_noise_like(self, x):
+            return np.zeros_like(x)
+
+        def sample_xt(self, x0, x1, t, epsilon):
+            return t * x1 + (1 - t) * x0 + epsilon
+
+    def own(m):
+        return type("Own", (Points, m.ConditionalFlowMatcher), {})()
+
+    assert_same(lambda m: own(m).sample_location_and_conditional_flow(x, 2 * x, t))
 
 
 def test_a_hook_of_another_family_is_used(fused):

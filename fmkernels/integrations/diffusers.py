@@ -70,6 +70,9 @@ class HostSchedule:
         steps = (host_sigmas[1:] - host_sigmas[:-1]).tolist()
         return cls(sigmas, timesteps, versions(sigmas, timesteps), host_sigmas.tolist(), host_timesteps.tolist(), steps)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies of the tensors count their writes anew
+
     def holds(self, sigmas: Tensor, timesteps: Tensor) -> bool:
         same = self.sigmas is sigmas and self.timesteps is timesteps
         return same and None not in self.versions and self.versions == versions(sigmas, timesteps)
@@ -111,6 +114,7 @@ class HostSchedule:
         """The value of a view of one element of the schedule, from its place in memory."""
         schedule = self.timesteps
         same = timestep.numel() == 1 and timestep.dtype == schedule.dtype and timestep.device == schedule.device
+        same = same and schedule.stride(0) > 0
         if not same or timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
             return None
         offset = int(timestep.storage_offset()) - int(schedule.storage_offset())
@@ -167,6 +171,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
 
     _compatibles: list[str] = []
     order = 1
+    _host: HostSchedule | None = None  # a subclass may set the schedule in an __init__ of its own
 
     @register_to_config
     def __init__(
@@ -207,7 +212,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
         with torch.inference_mode(False):  # tensors made in inference mode would not count writes
             self.sigmas, self.timesteps = sigmas.to(device, copy=True), timesteps.to(device, copy=True)
         host = HostSchedule.of(self.sigmas, self.timesteps, sigmas, timesteps)
-        self._host: HostSchedule | None = host
+        self._host = host
         self._step_index: Any = None
         self._begin_index: Any = None
 
@@ -473,7 +478,10 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
         if not stochastic:
             return moved
         noise = randn(sample.shape, generator, sample.device, sample.dtype)
-        return add_noise(moved, noise, self.sigmas[i + 1].to(moved.device).reshape(1))[0]
+        sigma_next = self.sigmas[i + 1].to(moved.device)
+        if moved.is_contiguous():
+            return add_noise(moved, noise, sigma_next.reshape(1))[0]
+        return (1.0 - sigma_next) * moved + sigma_next * noise  # in the layout of the sample
 
     def _step_tokens(self, model_output: Tensor, sample: Tensor, timesteps: Tensor, generator: Any) -> Tensor:
         """The step with a σ a token: to the largest σ of the schedule that is smaller by 1e-6 at least, else to 0."""

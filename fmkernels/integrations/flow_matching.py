@@ -188,11 +188,11 @@ FLOW = _registration.overload("conditional_flow")
 
 def _fused(x_0: Tensor, x_1: Tensor, columns: Columns) -> tuple[Tensor, Tensor] | None:
     """x_t and dx_t in one pass; None where that would not be what the formulas give."""
-    if not _registration.eager() or _registration.requires_grad(x_0, x_1, *columns):
-        return None
     for tensor in (x_0, x_1, *columns):
         if type(tensor) is not Tensor:
             return None
+    if not _registration.eager() or _registration.requires_grad(x_0, x_1, *columns):
+        return None
     alpha, sigma, d_alpha, d_sigma = columns
     dtype, table_dtype = x_1.dtype, alpha.dtype
     if not (
@@ -219,7 +219,8 @@ def _fused(x_0: Tensor, x_1: Tensor, columns: Columns) -> tuple[Tensor, Tensor] 
         table = table.to(compute_dtype(x_1))
     with _registration.below_autograd():  # the op's checks and its Autograd-key kernel would find nothing more
         x_t, dx_t = FLOW(x_0, x_1, None, table, AFFINE)
-    return (x_t.movedim(-1, 1), dx_t.movedim(-1, 1)) if channels_last else (x_t, dx_t)
+    # .data: no views, which autograd would not let a program change in place as it may the original's tensors
+    return (x_t.movedim(-1, 1).data, dx_t.movedim(-1, 1).data) if channels_last else (x_t, dx_t)
 
 
 def _formed(x_0: Tensor, x_1: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:

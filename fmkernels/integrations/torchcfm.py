@@ -124,7 +124,8 @@ class ConditionalFlowMatcher:
         """Whether the fused pass gives what the hooks would, and no later."""
         tensors = (x0, x1, epsilon, t)
         return (
-            (self._form != "linear" or x0.numel() >= FEW or x0.device.type != "cpu")
+            type(x0) is torch.Tensor  # hooks of one's own may take anything
+            and (self._form != "linear" or x0.numel() >= FEW or x0.device.type != "cpu")
             and isinstance(self.sigma, (float, int))
             and abs(self.sigma) < 1e30  # what float32 holds
             and all(getattr(self, name) == MethodType(hook, self) for name, hook in FUSED_HOOKS[self._form].items())
@@ -146,7 +147,8 @@ class ConditionalFlowMatcher:
             return conditional_flow(x0, x1, epsilon, coefficients, self._form)
         x0, x1, epsilon = (tensor.movedim(1, -1) for tensor in (x0, x1, epsilon))  # in the order of the memory
         xt, ut = conditional_flow(x0, x1, epsilon, coefficients, self._form)
-        return xt.movedim(-1, 1), ut.movedim(-1, 1)
+        # .data: no views, which autograd would not let a program change in place as it may torchcfm's tensors
+        return xt.movedim(-1, 1).data, ut.movedim(-1, 1).data
 
     def _coefficients(self, t: torch.Tensor) -> list[torch.Tensor]:
         """(a, b, s, c) of :func:`~fmkernels.ops.conditional_flow`, each formed as the hooks form it."""
