@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,7 +62,7 @@ def number(
     name: str, value: Any, low: float | None = None, high: float | None = None, *, open_low: bool = False
 ) -> float:
     """A finite real number in [low, high], or in (low, high] with open_low."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
     value = float(value)
     expected = "a finite number"

@@ -20,7 +20,7 @@ SHAPES = [(2, 4, 8, 8), (3, 7), (5,), (1, 3, 2, 5, 5), (0, 4)]
 
 
 def same_state(original, mine):
-    assert set(vars(mine)) - {"_host"} == set(vars(original))
+    assert set(vars(mine)) - {"_host", "__module__"} == set(vars(original))
     for name, value in vars(original).items():
         if isinstance(value, torch.Tensor):
             same(value, getattr(mine, name))
@@ -278,6 +278,10 @@ def changed(how, scheduler):
     elif how == "replaced":
         scheduler.sigmas = scheduler.sigmas * 0.9
         scheduler.timesteps = scheduler.timesteps + 1
+    elif how == "written unseen":
+        scheduler.sigmas.data[-1] = 0.2
+        scheduler.sigmas.numpy()[3] = 0.5
+        scheduler.timesteps.numpy()[3] = 77.0
     elif how == "inference":
         with torch.inference_mode():
             scheduler.sigmas = scheduler.sigmas * 0.9
@@ -296,7 +300,8 @@ def changed(how, scheduler):
 
 
 @pytest.mark.parametrize(
-    "how", ["written", "replaced", "inference", "double", "copied", "pickled", "counted back", "negative"]
+    "how",
+    ["written", "written unseen", "replaced", "inference", "double", "copied", "pickled", "counted back", "negative"],
 )
 def test_a_schedule_that_a_program_changes(how):
     results = []
@@ -309,6 +314,63 @@ def test_a_schedule_that_a_program_changes(how):
             x = x + scheduler.scale_noise(x, scheduler.timesteps[3:4], x.cos())
         results.append(x)
     same(*results)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.numpy, torch.Tensor.tolist])
+@pytest.mark.parametrize("config", ["plain", "stochastic"])
+def test_levels_that_are_no_tensor(config, make):
+    x, results = torch.ones(2, 3), []
+    for scheduler in scheduled(CONFIGS[config]):
+        scheduler.sigmas = make(scheduler.sigmas)
+        torch.manual_seed(1)
+        results.append(loop(scheduler, x))
+    same(*results)
+
+
+def test_noise_of_a_double_schedule():
+    x, results = torch.randn(3, 5), []
+    for scheduler in scheduled(CONFIGS["stochastic"]):
+        scheduler.sigmas = scheduler.sigmas.double() * 0.9
+        torch.manual_seed(1)
+        results.append(loop(scheduler, x))
+    same(*results)
+
+
+def test_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        original, mine = scheduled({"shift": 3.0})
+        same_state(original, mine)
+        x, tokens = torch.randn(2, 3, 4).float(), torch.rand(2, 3).float() * 1000
+        for t in original.timesteps:
+            same(*(s.step(x.cos(), t, x, per_token_timesteps=tokens)[0] for s in (original, mine)))
+        same(*(loop(s, x) for s in scheduled(CONFIGS["stochastic"]) if torch.manual_seed(1)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_gradients_to_the_schedule():
+    x, results = torch.randn(2, 3, 4), []
+    for scheduler in scheduled({"shift": 3.0}):
+        before = [scheduler.sigmas.clone(), scheduler.timesteps.clone()]
+        mine = scheduler if isinstance(scheduler, ours.FlowMatchEulerDiscreteScheduler) else None
+        if mine is not None:
+            mine._on(torch.device("cpu"))  # a copy that does not ask for gradients
+        scheduler.sigmas.requires_grad_()
+        noised = scheduler.scale_noise(x, before[1][2:4], x.cos())
+        (of_noise,) = torch.autograd.grad(noised.sin().sum(), scheduler.sigmas)
+        (of_steps,) = torch.autograd.grad(loop(scheduler, x).sin().sum(), scheduler.sigmas)
+        results.append((of_noise, of_steps))
+        assert mine is None or ours.get_sigmas(mine, before[1][:2]).requires_grad
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("timestep", [[[123.0]], [[900.0], [900.0]]])
+def test_a_timestep_of_two_dimensions(timestep):
+    x = torch.ones(2)
+    for scheduler in scheduled({}):
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
+            scheduler.step(x, torch.tensor(timestep), x)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"])
@@ -408,8 +470,28 @@ ERRORS = {
         "logit_mean",
     ),
     "not latents": (lambda s: ours.noise_for_training(s, [1.0]), TypeError, "latents"),
+    "u": (lambda s: ours.noise_for_training(s, torch.ones(2, 3), u=torch.rand(1)), ValueError, "u: expected shape [2]"),
+    "a sampling schedule": (
+        lambda s: ours.noise_for_training(s, torch.ones(2, 3)),
+        ValueError,
+        "scheduler: expected its training schedule of 1000 timesteps, got",
+    ),
+    "weighting": (
+        lambda s: ours.flow_matching_loss(torch.ones(2), training_of(2), weighting=torch.ones(3)),
+        ValueError,
+        "weighting: expected one weight a sample, shape [2], got shape [3]",
+    ),
+    "no tensor": (
+        lambda s: ours.flow_matching_loss(torch.ones(2), training_of(2), weighting=0.5),
+        TypeError,
+        "weighting",
+    ),
     "not noised": (lambda s: ours.flow_matching_loss(torch.ones(2), torch.ones(2)), TypeError, "noised"),
 }
+
+
+def training_of(rows):
+    return ours.noise_for_training(ours.FlowMatchEulerDiscreteScheduler(), torch.ones(rows))
 
 
 @pytest.mark.parametrize("case", ERRORS)
@@ -419,6 +501,18 @@ def test_bad_input(case):
         with pytest.raises(error) as raised:
             call(scheduler)
     assert message in str(raised.value)
+
+
+def test_warnings_follow_the_verbosity_of_diffusers():
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    try:
+        for set_level in (logging.set_verbosity_error, logging.set_verbosity_info):
+            set_level()
+            assert ours.logger.getEffectiveLevel() == logging.get_verbosity()
+    finally:
+        logging.set_verbosity(level)
 
 
 def test_a_warning_for_timesteps_alone(monkeypatch):
@@ -459,7 +553,8 @@ def test_no_host_reads(config):
         mine.scale_noise(x, torch.empty(4, device="meta"), x)
         mine.sigmas[-1] = 0.5  # now only the device knows the schedule
         mine.step(x, t, x)
-        noised_for_training = ours.noise_for_training(mine, x, torch.empty_like(x), torch.empty(4, device="meta"))
+        training = ours.FlowMatchEulerDiscreteScheduler(**CONFIGS[config])
+        noised_for_training = ours.noise_for_training(training, x, torch.empty_like(x), torch.empty(4, device="meta"))
         ours.flow_matching_loss(x, noised_for_training)
         ours.get_sigmas(mine, torch.empty(4, device="meta"))
     assert out.device.type == noised.device.type == tokens.prev_sample.device.type == "meta"
@@ -530,8 +625,17 @@ def test_pipelines_take_and_keep_it(tmp_path):
     pipeline = Pipeline.from_pretrained(tmp_path / "original", scheduler=mine)
     assert pipeline.scheduler is mine
     pipeline.save_pretrained(tmp_path / "ours")
+    saved = [json.loads((tmp_path / who / "model_index.json").read_text()) for who in ("original", "ours")]
+    assert saved[0]["scheduler"] == saved[1]["scheduler"], "what is saved loads without fmkernels"
     loaded = Pipeline.from_pretrained(tmp_path / "ours").scheduler
-    assert type(loaded) is type(mine) and loaded.config.shift == 3.0
+    assert type(loaded) is theirs.FlowMatchEulerDiscreteScheduler and loaded.config.shift == 3.0
+    for copied in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), type(mine).from_config(loaded.config)):
+        assert type(copied) is type(mine) and copied.config.shift == 3.0
+
+    class Own(type(mine)):
+        pass
+
+    assert Own().__module__ == __name__
     pipeline.scheduler = type(mine).from_config(original.config)
     assert Pipeline.from_pipe(pipeline).scheduler is pipeline.scheduler
 
@@ -573,6 +677,22 @@ def test_without_diffusers(alone, tmp_path, config):
     assert loaded.config.shift == 4.0 and "_diffusers_version" in loaded.config
     assert {**entries[0], "shift": 4.0} == {k: v for k, v in loaded.config.items() if not k.startswith("_")}
     assert copy.deepcopy(loaded).config == pickle.loads(pickle.dumps(Configuration(loaded.config))) == loaded.config
+
+
+def test_a_subclass_with_arguments_of_its_own(alone, tmp_path):
+    class Own(alone.FlowMatchEulerDiscreteScheduler):
+        @alone.register_to_config
+        def __init__(self, extra: int = 3, **kwargs):
+            super().__init__(**kwargs)
+
+    made = Own(extra=5, shift=2.0)
+    assert Own.from_config(made.config).config.extra == 5 and "kwargs" not in made.config
+    made.register_to_config(folder=tmp_path)
+    made.save_pretrained(tmp_path, push_to_hub=False)
+    loaded = Own.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert loaded.config.extra == 5 and loaded.config.folder == str(tmp_path)
+    with pytest.raises(ValueError, match="push_to_hub"):
+        made.save_pretrained(tmp_path, push_to_hub=True)
 
 
 def test_the_configuration_of_its_own(alone):

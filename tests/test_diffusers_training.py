@@ -1,5 +1,6 @@
 """The training helpers of the diffusers integration: against diffusers' own and against its scripts, written out."""
 
+import numpy as np
 import pytest
 import torch
 from schedulers import DTYPES, pair, same
@@ -87,6 +88,12 @@ def test_a_training_step_of_the_scripts(scheme, dtype, precondition):
     size = gradient.float().abs().max()
     eps = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-6
     assert ((found_gradient.float() - gradient.float()).abs() <= eps * (2 + 6 * precondition) * size).all()
+
+
+@pytest.mark.parametrize("sigmas", [0.5, np.linspace(0, 1, 5)], ids=["number", "array"])
+def test_weights_of_numbers(sigmas):
+    ours_, theirs_ = (module.compute_loss_weighting_for_sd3("cosmap", sigmas) for module in (ours, their_training))
+    np.testing.assert_array_equal(ours_, theirs_)
 
 
 def test_given_noise_u_and_weights():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["SchedulerBase", "SchedulerMixin", "SchedulerOutput", "logger", "register_to_config"]
+__all__ = ["HOME", "SchedulerBase", "SchedulerOutput", "logger", "register_to_config"]
 
 
 class Configuration(dict[str, Any]):
@@ -43,15 +43,26 @@ def record_arguments(init: Any) -> Any:
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
         private = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("_")}
         bound = signature.bind(self, *args, **kwargs)
-        defaults = [name for name in signature.parameters if name not in bound.arguments]
+        defaults = [name for name in named(signature) if name not in bound.arguments]
         bound.apply_defaults()
-        arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        arguments = {name: bound.arguments[name] for name in named(signature)}
         if defaults:
             arguments["_use_default_values"] = defaults
         self.register_to_config(**private, **arguments)
         init(self, *args, **kwargs)
 
     return recorded
+
+
+def named(signature: inspect.Signature) -> list[str]:
+    """The parameters that have a name of their own, less self."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, parameter in signature.parameters.items() if parameter.kind not in several][1:]
+
+
+def plain(entry: Any) -> Any:
+    """An entry that JSON does not know, an array or a path, as one that it does."""
+    return entry.tolist() if hasattr(entry, "tolist") else str(entry)
 
 
 class ConfiguredScheduler:
@@ -83,7 +94,7 @@ class ConfiguredScheduler:
             raise TypeError(f"config: expected a dict, got {type(config).__name__}; a folder is for from_pretrained")
         defaults = config.get("_use_default_values", [])
         given = {name: v for name, v in config.items() if name not in defaults and name != "_use_default_values"}
-        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        names = named(inspect.signature(cls.__init__))
         arguments = {name: kwargs.pop(name, given.get(name)) for name in names if name in kwargs or name in given}
         scheduler = cls(**arguments)
         hidden = {name: value for name, value in given.items() if name not in arguments}
@@ -93,26 +104,34 @@ class ConfiguredScheduler:
         return (scheduler, {**kwargs, **hidden}) if return_unused_kwargs else scheduler
 
     @classmethod
-    def load_config(cls, path: Any, subfolder: str | None = None) -> dict[str, Any]:
+    def load_config(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None) -> dict[str, Any]:
         """The entries of the configuration file in a folder."""
-        folder = Path(path)
+        folder = Path(pretrained_model_name_or_path)
         candidates = [folder / subfolder / cls.config_name] if subfolder else []
         for file in [*candidates, folder / cls.config_name, folder]:
             if file.is_file():
                 entries: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
                 return entries
         raise OSError(
-            f"path: expected a folder with {cls.config_name}, got {str(path)!r}; a hub needs diffusers installed"
+            f"pretrained_model_name_or_path: expected a folder with {cls.config_name}, got {str(folder)!r}; "
+            "a hub needs diffusers installed"
         )
 
     @classmethod
     def from_pretrained(
-        cls, path: Any, subfolder: str | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        return cls.from_config(cls.load_config(path, subfolder), return_unused_kwargs, **kwargs)
+        config = cls.load_config(pretrained_model_name_or_path, subfolder)
+        return cls.from_config(config, return_unused_kwargs, **kwargs)
 
-    def save_config(self, save_directory: Any) -> None:
+    def save_config(self, save_directory: Any, push_to_hub: bool = False) -> None:
         """Write the configuration file into a folder, made where it is missing."""
+        if push_to_hub:
+            raise ValueError("push_to_hub: expected False, a hub needs diffusers installed")
         folder = Path(save_directory)
         if folder.is_file():
             raise AssertionError(f"save_directory: expected a folder, got the file {str(save_directory)!r}")
@@ -124,7 +143,7 @@ class ConfiguredScheduler:
     def to_json_string(self) -> str:
         entries = {name: v for name, v in self.config.items() if name not in ("_use_default_values", "_ignore_files")}
         entries["_class_name"] = type(self).__name__
-        return json.dumps(entries, indent=2, sort_keys=True, default=lambda array: array.tolist()) + "\n"
+        return json.dumps(entries, indent=2, sort_keys=True, default=plain) + "\n"
 
     def to_json_file(self, json_file_path: Any) -> None:
         Path(json_file_path).write_text(self.to_json_string(), encoding="utf-8")
@@ -146,9 +165,10 @@ class FlowMatchEulerDiscreteSchedulerOutput:
         return (self.prev_sample,)
 
 
-if TYPE_CHECKING or importlib.util.find_spec("diffusers") is None:
+FOUND = importlib.util.find_spec("diffusers")
+if TYPE_CHECKING or FOUND is None or FOUND.origin is None:  # without origin: a folder of that name, no package
+    HOME = ""  # the module that the class has in diffusers
     SchedulerBase = ConfiguredScheduler
-    SchedulerMixin = ConfiguredScheduler
     SchedulerOutput = FlowMatchEulerDiscreteSchedulerOutput
     register_to_config = record_arguments
     logger = logging.getLogger(__name__)
@@ -160,7 +180,7 @@ else:  # an installed diffusers that cannot be imported says why: pipelines woul
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
         FlowMatchEulerDiscreteSchedulerOutput as SchedulerOutput,
     )
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from diffusers.utils import logging as diffusers_logging
 
-    logger = diffusers_logging.get_logger(__name__)
+    HOME = SchedulerBase.__module__
+    logger = diffusers_logging.get_logger(HOME)  # so that it follows diffusers' verbosity

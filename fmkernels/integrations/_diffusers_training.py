@@ -64,7 +64,8 @@ def compute_loss_weighting_for_sd3(weighting_scheme: str | None, sigmas: Any = N
 
     Source: Esser et al. (2024), section 3.1.
     """
-    _checks.tensor("sigmas", sigmas)
+    if weighting_scheme != "cosmap" or sigmas is None:  # which takes numbers and arrays too
+        _checks.tensor("sigmas", sigmas)
     weighting: Tensor
     if weighting_scheme == "sigma_sqrt":
         weighting = (sigmas**-2.0).float()
@@ -202,6 +203,14 @@ def noise_for_training(
         noise = torch.randn_like(latents)
     if u is None:
         u = compute_density_for_timestep_sampling(weighting_scheme, latents.shape[0], logit_mean, logit_std, mode_scale)
+    _checks.tensor("u", u)
+    if u.shape != latents.shape[:1]:
+        raise ValueError(f"u: expected shape {list(latents.shape[:1])}, one a sample of latents, got {list(u.shape)}")
+    if len(scheduler.timesteps) != scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"scheduler: expected its training schedule of {scheduler.config.num_train_timesteps} timesteps, "
+            f"got {len(scheduler.timesteps)}: use one on which set_timesteps() was not called"
+        )
     index = (u * scheduler.config.num_train_timesteps).long()
     on_host = index.device.type == scheduler.timesteps.device.type == "cpu"  # then only the [B] that are found move
     device = index.device if on_host else latents.device
@@ -236,6 +245,10 @@ def flow_matching_loss(
     if not isinstance(noised, NoisedLatents):
         raise TypeError(f"noised: expected what noise_for_training() returned, got {type(noised).__name__}")
     w = noised.weighting if weighting is None else weighting
+    _checks.tensor("weighting", w)
+    if w.numel() != noised.target.shape[0]:
+        expected = f"one weight a sample, shape [{noised.target.shape[0]}]"
+        raise ValueError(f"weighting: expected {expected}, got shape {list(w.shape)}")
     compute = torch.promote_types(noised.target.dtype, torch.float32)
     w = w.to(compute).flatten()
     one, zero = torch.ones_like(w), torch.zeros_like(w)

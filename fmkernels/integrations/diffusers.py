@@ -6,7 +6,9 @@ between the autoencoder and the optimiser, in one pass over the latents each.
 
 The scheduler is derived from diffusers' own class where diffusers is installed, because pipelines check for that class
 and loading and saving are its own; every method that computes is ours, so nothing of the original runs but its
-configuration. Without diffusers it has a small base with the same ``config``, files and ``from_config``.
+configuration. A pipeline saves it as diffusers' and so loads diffusers' again, to be replaced as any scheduler is, by
+``pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)``. Without diffusers it has a
+small base with the same ``config``, files and ``from_config``.
 
 Contract: diffusers 0.42.1 (Apache 2.0). Before 0.42 ``set_timesteps(timesteps=…)`` made the timesteps anew from σ.
 """
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from .. import _checks, _registration
 from ..ops.guided_euler import guided_euler
-from ._diffusers_base import SchedulerBase, SchedulerMixin, SchedulerOutput, logger, register_to_config
+from ._diffusers_base import HOME, SchedulerBase, SchedulerOutput, logger, register_to_config
 from ._diffusers_training import (
     NoisedLatents,
     add_noise,
@@ -40,11 +42,10 @@ from ._diffusers_training import (
 
 FlowMatchEulerDiscreteSchedulerOutput = SchedulerOutput
 
-__all__ = [  # SchedulerMixin: a saved pipeline is loaded by the base class that the module of its scheduler names
+__all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchEulerDiscreteSchedulerOutput",
     "NoisedLatents",
-    "SchedulerMixin",
     "compute_density_for_timestep_sampling",
     "compute_loss_weighting_for_sd3",
     "flow_matching_loss",
@@ -59,7 +60,7 @@ class HostSchedule:
 
     sigmas: Tensor
     timesteps: Tensor
-    versions: tuple[int | None, ...]
+    known: tuple[bytes | int | None, ...]
     sigma_values: list[float]
     timestep_values: list[float]
     steps: list[float]  # σ of the next step minus σ of this one, in σ's dtype
@@ -68,14 +69,14 @@ class HostSchedule:
     @classmethod
     def of(cls, sigmas: Tensor, timesteps: Tensor, host_sigmas: Tensor, host_timesteps: Tensor) -> HostSchedule:
         steps = (host_sigmas[1:] - host_sigmas[:-1]).tolist()
-        return cls(sigmas, timesteps, versions(sigmas, timesteps), host_sigmas.tolist(), host_timesteps.tolist(), steps)
+        return cls(sigmas, timesteps, content(sigmas, timesteps), host_sigmas.tolist(), host_timesteps.tolist(), steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies of the tensors count their writes anew
 
     def holds(self, sigmas: Tensor, timesteps: Tensor) -> bool:
         same = self.sigmas is sigmas and self.timesteps is timesteps
-        return same and None not in self.versions and self.versions == versions(sigmas, timesteps)
+        return same and None not in self.known and self.known == content(sigmas, timesteps)
 
     @functools.cached_property
     def index(self) -> dict[float, int]:
@@ -128,9 +129,15 @@ class HostSchedule:
         return self.copies[device]
 
 
-def versions(*tensors: Tensor) -> tuple[int | None, ...]:
-    """Counters of in-place writes; None for an inference tensor, which has none."""
-    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)
+def content(*tensors: Tensor) -> tuple[bytes | int | None, ...]:
+    """What is another after a write: the numbers on the CPU, elsewhere their counter; None where there is neither."""
+    found: list[bytes | int | None] = []
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+            found.append(tensor.numpy().tobytes())
+        else:
+            found.append(None if tensor.is_inference() else tensor._version)
+    return tuple(found)
 
 
 class FlowMatchEulerDiscreteScheduler(SchedulerBase):
@@ -140,7 +147,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
 
     - The schedule is kept in numbers of the host beside the tensors ``timesteps`` and ``sigmas``, so that no step waits
       for the device. A schedule that a program writes into or replaces is noticed: on the CPU it is read again, on
-      another device its steps are taken from the tensors there.
+      another device, where writes through ``.data`` go unseen, its steps are taken from the tensors there.
     - The index of the first step comes from ``set_begin_index`` or, for an element of ``scheduler.timesteps`` (what
       ``for t in scheduler.timesteps`` gives), from its place in memory; a number or a CPU tensor is looked up on the
       host. For any other device tensor, or a schedule written to there, it is read from the device, **once a
@@ -206,6 +213,8 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
         self._shift = shift
         self._set_schedule(sigmas, sigmas * num_train_timesteps, None)
         self.sigma_min, self.sigma_max = float(sigmas[-1].numpy()), float(sigmas[0].numpy())
+        if HOME and type(self) is FlowMatchEulerDiscreteScheduler:
+            self.__module__ = HOME  # what pipelines save as its origin: they then load where fmkernels is not, too
 
     def _set_schedule(self, sigmas: Tensor, timesteps: Tensor, device: str | torch.device | None) -> None:
         """Take the schedule from tensors of the host; what is kept of it as numbers is never read back."""
@@ -217,8 +226,12 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
         self._begin_index: Any = None
 
     def _schedule(self) -> HostSchedule | None:
-        """The schedule as numbers, or None where only a device has it."""
-        if torch.compiler.is_compiling():
+        """The schedule as numbers; None where only a device has it, it is no tensors, or gradients go to it."""
+        if torch.compiler.is_compiling() or not (
+            isinstance(self.sigmas, Tensor) and isinstance(self.timesteps, Tensor)
+        ):
+            return None
+        if self.sigmas.requires_grad or self.timesteps.requires_grad:
             return None
         if self._host is None or not self._host.holds(self.sigmas, self.timesteps):
             on_host = self.sigmas.device.type == self.timesteps.device.type == "cpu"
@@ -264,7 +277,9 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """Set ``timesteps`` [T] and ``sigmas`` [T + 1], float32, for T steps on a device, and forget any trajectory.
+        """Set ``timesteps`` [T] and ``sigmas`` [T + 1] for T steps on a device, and forget any trajectory.
+
+        Both are float32; ``sigmas`` float64 where that is torch's default dtype.
 
         Args:
             num_inference_steps: T; not needed with ``sigmas`` or ``timesteps``, which must agree with it.
@@ -317,7 +332,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
         if config.invert_sigmas:
             host_sigmas = 1.0 - host_sigmas
         host_timesteps = host_sigmas * steps if times is None or config.invert_sigmas else torch.from_numpy(times)
-        last = torch.full((1,), 1.0 if config.invert_sigmas else 0.0, dtype=torch.float32, device="cpu")
+        last = torch.full((1,), 1.0 if config.invert_sigmas else 0.0, device="cpu")
         self._set_schedule(torch.cat([host_sigmas, last]), host_timesteps, device)
 
     def time_shift(self, mu: Any, sigma: float, t: Any) -> Any:
@@ -369,6 +384,8 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
                 return host.place_of(value)
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
         if isinstance(timestep, Tensor):
+            if timestep.dim() > 1:
+                raise ValueError(f"timestep: expected one element, of shape [] or [1], got {list(timestep.shape)}")
             timestep = timestep.to(schedule.device)
         places = [i for i, same in enumerate((schedule == timestep).tolist()) if same]  # the one read from a device
         if not places:
@@ -478,8 +495,8 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
         if not stochastic:
             return moved
         noise = randn(sample.shape, generator, sample.device, sample.dtype)
-        sigma_next = self.sigmas[i + 1].to(moved.device)
-        if moved.is_contiguous():
+        sigma_next = torch.as_tensor(self.sigmas[i + 1], device=moved.device)
+        if moved.is_contiguous() and sigma_next.dtype == moved.dtype:
             return add_noise(moved, noise, sigma_next.reshape(1))[0]
         return (1.0 - sigma_next) * moved + sigma_next * noise  # in the layout of the sample
 
