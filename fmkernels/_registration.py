@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
     raise ImportError(
         f'fmkernels needs torch 2.11 or later, found {torch.__version__}: pip install --upgrade "torch>=2.11"'
     )
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    is_legacy_batchedtensor,
+    peek_interpreter_stack,
+)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 # A build for the Hugging Face hub brings _ops, which loads its library, under a namespace of its own.
@@ -89,9 +95,21 @@ def transforming() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def vmapping() -> bool:
+    """Whether one of the active functorch transforms is vmap."""
+    return any(one.key() == TransformType.Vmap for one in get_interpreter_stack() or ())
+
+
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """For tensors that are kept: made inside a transform or inference mode they would be of no use after it."""
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+        yield
+
+
 def eager() -> bool:
     """Whether plain eager execution is under way: not compiling, tracing or transforming."""
-    return not torch.compiler.is_compiling() and peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing()) and not transforming()
 
 
 def requires_grad(*tensors: torch.Tensor | None) -> bool:

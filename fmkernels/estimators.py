@@ -230,6 +230,11 @@ class VelocityAndDivergence:
         return value, divergence.unsqueeze(-1)
 
     def reverse(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if _registration.transforming():  # the gradient taken here would lose what they carry
+            raise RuntimeError(
+                "divergence: expected mode='forward' within torch.func transforms, and none of them nor dual numbers "
+                "around mode='reverse', whose derivatives backward() takes; got mode='reverse' there"
+            )
         connected = torch.is_grad_enabled() and x.requires_grad
         recording = torch.is_grad_enabled()
         with torch.enable_grad():

@@ -206,6 +206,19 @@ def test_samples_may_be_changed_in_place():
         same(a, b)
 
 
+def test_schedulers_are_those_that_flow_matching_asks_for():
+    from flow_matching.path import MixtureDiscreteProbPath
+
+    x_0, x_1, t = torch.randint(5, (4, 3)), torch.randint(5, (4, 3)), torch.rand(4)
+    results = []
+    for module in (their_scheduler, ours):
+        torch.manual_seed(1)
+        path = MixtureDiscreteProbPath(module.PolynomialConvexScheduler(2.0))
+        results.append(path.sample(x_0, x_1, t).x_t)
+    assert torch.equal(*results)
+    assert not isinstance(ours.VPScheduler(), their_scheduler.ConvexScheduler)
+
+
 @pytest.mark.filterwarnings("ignore:__array_wrap__")
 def test_an_array_as_source():
     x_0, x_1, t = torch.randn(4, 3).numpy(), torch.randn(4, 3), torch.rand(4)

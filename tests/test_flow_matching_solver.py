@@ -7,6 +7,7 @@ import pytest
 import torch
 from paired import fails_alike, pair, pair_of_classes, same, scheduled
 
+from fmkernels.integrations import _flow_matching_solver as ours_solver
 from fmkernels.integrations import flow_matching as ours
 
 
@@ -188,6 +189,65 @@ def test_exact_divergence_of_any_shape():
     for solver in (cls(lambda x, t: x) for cls in pair_of_classes("ODESolver")):  # its gradient is what it is given
         _, value = solver.compute_likelihood(torch.ones(2, 3), log_p0, 1.0, exact_divergence=True)
         assert torch.equal(value, torch.tensor([-3.0, -3.0]))
+
+
+class Layouts(Network):
+    """Notes the strides that it is given, and answers in another layout."""
+
+    def forward(self, x, t):
+        self.seen.append((t.dtype, t.shape, x.dtype, x.stride(), float(t)))
+        return torch.tanh(x.contiguous()) + t
+
+
+@stepping
+def test_the_layout_of_images_is_kept(method, step_size):
+    for x in (
+        torch.randn(3, 2, 5, 4).to(memory_format=torch.channels_last),
+        torch.randn(5, 4, 3, 2).permute(2, 3, 0, 1),
+        torch.randn(3, 2, 4, 5).transpose(2, 3),
+        torch.randn(3, 1, 1, 4)[..., :2],
+    ):
+        for intermediates in (False, True):
+            options = dict(time_grid=GRIDS["five"], return_intermediates=intermediates)
+            a, b, theirs, mine = both_solvers("sample", x, step_size, method, network=Layouts, **options)
+            near(a, b, 1e-4)
+            assert a.stride() == b.stride()
+            if x.permute(ours_solver._order_in_memory(x)).is_contiguous():
+                assert {seen[3] for seen in mine.seen} == {seen[3] for seen in theirs.seen}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "step_size"), [(m, s) for m, s in METHODS if m not in ADAPTIVE])
+def test_a_model_that_answers_in_single_precision(method, step_size, dtype):
+    """As flow_matching's own image example does: the state goes on in single precision, or small steps would vanish."""
+
+    class Widening(Network):
+        def forward(self, x, t):
+            return super().forward(x.float(), t.float()) + 1
+
+    x = torch.randn(5, 3).to(dtype)
+    for intermediates in (False, True):
+        options = dict(time_grid=torch.linspace(0, 1, 5), return_intermediates=intermediates)
+        size = None if step_size is None else 0.003
+        a, b, theirs, mine = both_solvers("sample", x, size, method, network=Widening, **options)
+        assert a.dtype == b.dtype == dtype and torch.allclose(a, b, rtol=2 * torch.finfo(dtype).eps)
+        assert [seen[:4] for seen in theirs.seen] == [seen[:4] for seen in mine.seen]
+
+
+@stepping
+def test_a_model_that_overwrites_its_input(method, step_size):
+    def overwriting(x, t):
+        x.mul_(0.5)
+        return x + 1
+
+    x, options = torch.randn(4, 3), dict(time_grid=GRIDS["five"], return_intermediates=True)
+    results = []
+    for cls in pair_of_classes("ODESolver"):
+        start = x.clone()
+        results.append(cls(overwriting).sample(start, step_size, method, **options))
+    near(results[0][0], results[1][0])
+    if method not in ADAPTIVE:
+        near(*results)
 
 
 @pytest.mark.parametrize("method", ["euler", "dopri5"])

@@ -142,6 +142,17 @@ def test_the_marginal_error_falls_with_the_iterations_and_rows_are_exact():
     torch.testing.assert_close(ours.SinkhornPlanSampler.marginal_error(lopsided), torch.tensor(0.1 + 0.1 + 0.2 + 0.2))
 
 
+def test_rows_of_far_samples_are_exact_too():
+    """f + g − C cancels where costs are far above reg: an outlier may not take the draws of the others."""
+    x0, x1 = torch.randn(2, 64, 5)
+    x1[0] = 1000.0
+    plan = ours.SinkhornPlanSampler().get_map(x0, x1)
+    torch.testing.assert_close(plan.sum(1), torch.full((64,), 1 / 64))
+    assert plan[:, 0].sum() < 1.2 / 64
+    wide = ours.SinkhornPlanSampler().get_map(x0.double(), x1.double())
+    assert (plan - wide).abs().sum() < 1e-3
+
+
 def test_sinkhorn_tends_to_the_exact_assignment():
     """Costs in the thousands too, where the products of POT's Sinkhorn underflow."""
     order = torch.randperm(16)

@@ -87,6 +87,7 @@ class Ops(TorchDispatchMode):
 def test_ops_of_a_step(method, outputs):
     """On the CPU a step is one op for each stage and one to end it: nothing else in Python but f."""
     constant, y0 = torch.ones(3, 2), torch.zeros(3, 2)
+    solve(lambda t, y: constant, y0, t_eval=outputs, method=method)  # makes the method's tensors
     with Ops() as short:
         few = solve(lambda t, y: constant, y0, t_eval=outputs, method=method, max_step=0.1, first_step=0.1)
     with Ops() as long:

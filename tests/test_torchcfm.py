@@ -140,7 +140,7 @@ def test_the_same_guided_numbers(matcher, shape):
 def test_small_batches_are_not_fused_where_nothing_is_gained(monkeypatch):
     monkeypatch.undo()
     taken = []
-    monkeypatch.setattr(ours.ConditionalFlowMatcher, "_fused", lambda self, *rest: (taken.append(self._form), 0))
+    monkeypatch.setattr(ours, "fused", lambda form, *rest: (taken.append(form), 0))
     for rows in (1023, 1024):
         x0, x1, t = sample((rows, 16))
         for name in ("independent", "target"):
@@ -324,6 +324,108 @@ def test_hooks_of_ones_own_may_take_anything():
         return type("Own", (Points, m.ConditionalFlowMatcher), {})()
 
     assert_same(lambda m: own(m).sample_location_and_conditional_flow(x, 2 * x, t))
+
+
+@pytest.mark.parametrize("name", OVERRIDING)
+def test_a_sigma_that_no_hook_asks_for_may_be_missing(name, fused):
+    x0, x1, t = sample((5, 3))
+
+    def own(m):
+        class Own(getattr(m, name)):
+            def __init__(self):
+                self.ot_sampler = m.OTPlanSampler("exact")
+
+            def compute_sigma_t(self, t):
+                return 0.25
+
+            def compute_conditional_flow(self, x0, x1, t, xt):
+                return x1 - x0 + xt
+
+        return Own().sample_location_and_conditional_flow(x0, x1, t)
+
+    assert_same(own)
+    assert fused == []
+
+
+@each_fused
+def test_a_sigma_that_is_drawn(matcher, fused):
+    x0, x1, t = sample((5, 3))
+
+    def own(m):
+        kind = type(MATCHERS[matcher](m))
+        drawn = property(lambda self: float(torch.rand(())) / 2, lambda self, value: None)
+        made = type("Own", (kind,), {"sigma": drawn})(0.3)
+        return made.sample_location_and_conditional_flow(x0, x1, t)
+
+    assert_same(own)
+    assert fused == []
+
+
+@pytest.mark.parametrize(
+    "name", ["ExactOptimalTransportConditionalFlowMatcher", "SchrodingerBridgeConditionalFlowMatcher"]
+)
+def test_the_method_above_draws_no_plan(name):
+    """Neither when called past the class, nor twice when two such classes are inherited from."""
+    x0, x1, t = sample((8, 3))
+
+    def past(m):
+        kind = getattr(m, name)
+
+        class Own(kind):
+            def sample_location_and_conditional_flow(self, x0, x1, t=None, return_noise=False):
+                x0, x1 = self.ot_sampler.sample_plan(x0, x1, replace=False)
+                return super(kind, self).sample_location_and_conditional_flow(x0, x1, t, return_noise)
+
+        return Own(0.3).sample_location_and_conditional_flow(x0, x1, t)
+
+    assert_same(past)
+
+    def twice(m):
+        bases = m.SchrodingerBridgeConditionalFlowMatcher, m.ExactOptimalTransportConditionalFlowMatcher
+        return type("Own", bases, {})(0.3).sample_location_and_conditional_flow(x0, x1, t)
+
+    assert_same(twice)
+
+
+def test_the_plan_of_a_bridge_has_the_sigma_that_is_set():
+    def reg(m):
+        class Doubled(m.ConditionalFlowMatcher):
+            def __init__(self, sigma):
+                super().__init__(2 * sigma)
+
+        return type("Own", (m.SchrodingerBridgeConditionalFlowMatcher, Doubled), {})(0.5, "sinkhorn").ot_sampler.reg
+
+    assert_same(reg)
+
+
+def test_names_of_ones_own(fused):
+    x0, x1, t = sample((5, 3))
+    hooks = ("sample_location_and_conditional_flow", "sample_noise_like", "sample_xt", "compute_mu_t")
+    hooks += ("compute_sigma_t", "compute_conditional_flow")
+
+    def borrowed(m):
+        made = type("Borrowed", (), {name: getattr(m.ConditionalFlowMatcher, name) for name in hooks})()
+        made.sigma = 0.3
+        return made.sample_location_and_conditional_flow(x0, x1, t)
+
+    assert_same(borrowed)
+    for name in set(vars(ours.SchrodingerBridgeConditionalFlowMatcher)) | set(vars(ours.ConditionalFlowMatcher)):
+        assert name.startswith("__") or hasattr(theirs.SchrodingerBridgeConditionalFlowMatcher, name), name
+
+
+@pytest.mark.parametrize("matcher", ["independent", "target", "preserving"])  # a plan is not traced
+def test_jit_trace(matcher):
+    x0, x1, t = (LAYOUTS["channels_last"](x) if x.dim() == 4 else x for x in sample((4, 3, 5, 6)))
+    made = MATCHERS[matcher](ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing itself
+        traced = torch.jit.trace(
+            lambda *a: made.sample_location_and_conditional_flow(*a)[1:], (x0, x1, t), check_trace=False
+        )
+    torch.manual_seed(2)
+    want = made.sample_location_and_conditional_flow(x0 + 1, x1, t)[1:]
+    torch.manual_seed(2)
+    assert same(list(traced(x0 + 1, x1, t)), list(want))
 
 
 def test_a_hook_of_another_family_is_used(fused):

@@ -130,8 +130,20 @@ class ODESolver(Solver):
         def velocity(t: Tensor, x: Tensor) -> Tensor:
             return model(x=x, t=t.to(x.dtype) if half else t, **model_extras)
 
+        order = _order_in_memory(x_init)
+        back = [order.index(i) for i in range(len(order))]
+
+        def velocity_in_order(t: Tensor, x: Tensor) -> Tensor:
+            x = x.permute(back)  # a network in channels-last gets channels-last at every step
+            return velocity(t, x).expand(x.shape).permute(order)
+
         with torch.set_grad_enabled(enable_grad):
-            solution = _solve(velocity, x_init, time_grid, step_size, method, atol, rtol)
+            if x_init.is_contiguous() or not x_init.permute(order).is_contiguous():
+                solution = _solve(velocity, x_init, time_grid, step_size, method, atol, rtol)
+            else:
+                start = x_init.permute(order)
+                solution = _solve(velocity_in_order, start, time_grid, step_size, method, atol, rtol)
+                solution = solution.permute(0, *(i + 1 for i in back)).contiguous()
         return solution if return_intermediates else solution[-1]
 
     def compute_likelihood(
@@ -185,6 +197,12 @@ class ODESolver(Solver):
             states, log_det = _solve(velocity_and_divergence, (x_1, log_det), time_grid, step_size, method, atol, rtol)
         log_p1 = log_p0(states[-1]) + log_det[-1]
         return (states if return_intermediates else states[-1]), log_p1
+
+
+def _order_in_memory(x: Tensor) -> list[int]:
+    """The dimensions of x by falling stride."""
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda i: -strides[i])
 
 
 def _solve(

@@ -129,18 +129,21 @@ class SinkhornPlanSampler(PlanSampler):
 
     π_ij = exp((f_i + g_j − C_ij)/reg) minimises Σ πC + reg·Σ π log π among plans with uniform marginals, C squared
     Euclidean. f and g by a fixed number of Sinkhorn's iterations in the log domain, the first half of them while the
-    regularisation falls from the largest cost to ``reg``. It stands for ``ot_sampler`` of a matcher, and compiles with
-    ``torch.compile(fullgraph=True)``. No exact assignment is offered on the device: as ``reg`` falls the plan tends to
-    it, and needs more iterations. On the CPU POT's exact plan is many times faster.
+    regularisation falls from the largest cost to ``reg``. It stands for ``ot_sampler`` of a matcher. Under
+    ``torch.compile(fullgraph=True)`` the iterations are unrolled, and compiling the default 200 takes many minutes:
+    call it outside of what is compiled. No exact assignment is offered on the device: as ``reg`` falls the plan tends
+    to it, and needs more iterations. On the CPU POT's exact plan is many times faster.
 
     Args:
         reg: regularisation above 0, in units of the cost, or of the largest cost with ``normalize_cost``.
-        iterations: how many; more for a small ``reg``, see :meth:`marginal_error`.
+        iterations: how many; more for a ``reg`` that is small beside the costs, see :meth:`marginal_error`: rows of the
+            plan are always exact, its columns are not before it has converged.
         normalize_cost: divide the costs by the largest.
         generator: of the draws, on the samples' device; None for torch's own. Not for use under ``torch.compile``.
 
-    Differs from :class:`OTPlanSampler` in the generator, in giving tensors for arrays, and in that samples that are
-    not finite give arbitrary pairs instead of an error, which would need the host.
+    Differs from :class:`OTPlanSampler` in the generator, in giving tensors for arrays, and in what would need the host
+    to be an error: samples or squared distances that are not finite give arbitrary pairs, and without replacement pairs
+    of probability 0 are drawn where no others are left.
 
     Raises: TypeError, ValueError naming the argument.
 
@@ -188,7 +191,7 @@ class SinkhornPlanSampler(PlanSampler):
             reg = self.reg * start ** max(1 - (k + 1) / max(anneal, 1), 0.0)
             g = reg * (log_b - torch.logsumexp((f - cost) / reg, 0, keepdim=True))
             f = reg * (log_a - torch.logsumexp((g - cost) / reg, 1, keepdim=True))
-        return torch.exp((f + g - cost) / self.reg)
+        return torch.softmax((g - cost) / self.reg, 1) / x0.shape[0]  # f is what normalises rows; exp(f + …) cancels
 
     @staticmethod
     def marginal_error(pi: torch.Tensor) -> torch.Tensor:

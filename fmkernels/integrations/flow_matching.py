@@ -5,15 +5,16 @@ The classes have the signatures, defaults, returned objects, dtypes and random n
 :meth:`AffineProbPath.sample` forms x_t and its velocity in one pass by :func:`fmkernels.ops.conditional_flow`, on the
 CPU equal to the bit in float32 and float64; :class:`ODESolver` solves by :func:`fmkernels.odeint`, with the same
 evaluations, and values equal to rounding. A schedule may be of any class that returns ``alpha_t``, ``sigma_t``,
-``d_alpha_t`` and ``d_sigma_t``, flow_matching's own too.
+``d_alpha_t`` and ``d_sigma_t``, flow_matching's own too, and where flow_matching is installed its classes take these.
 
 A path is formed as there, operation by operation, where x_0, x_1, t or the schedule require a gradient, under
 ``torch.compile`` and ``torch.func`` transforms, and where x_0 and x_1 differ in shape, dtype or layout. Where x and t
 are in half precision both, the fused pass computes in float32 and rounds once; flow_matching rounds every operation.
 
-What differs: an exact divergence is taken for samples of any shape, and Hutchinson's in float64, where flow_matching
-raises IndexError and RuntimeError; the gradient of an adaptive solve takes the step sizes as constants. Absent are the
-discrete and Riemannian parts: MixtureDiscreteProbPath, GeodesicProbPath, their solvers, losses and manifolds.
+What differs: an exact divergence is taken for samples ``[B, …]`` of any shape, and Hutchinson's in float64, where
+flow_matching raises IndexError and RuntimeError; the gradient of an adaptive solve takes the step sizes as constants;
+where a model returns the same memory at each call, the first step is taken twice, the second time from copies. Absent
+are the discrete and Riemannian parts: MixtureDiscreteProbPath, GeodesicProbPath, their solvers, losses and manifolds.
 """
 
 from __future__ import annotations
@@ -58,6 +59,14 @@ __all__ = [
     "Solver",
     "VPScheduler",
 ]
+
+try:  # its own classes ask for schedulers of its own: MixtureDiscreteProbPath for a ConvexScheduler
+    from flow_matching.path import scheduler as _original
+except ImportError:
+    pass
+else:
+    _original.Scheduler.register(Scheduler)
+    _original.ConvexScheduler.register(ConvexScheduler)
 
 ABSENT = (
     "DiscretePathSample",

@@ -10,9 +10,9 @@ torchcfm:
   ``compute_conditional_flow``; ``sample_noise_like`` is called in either case);
 - where x0, x1, t or the noise require a gradient, differ in dtype or shape, or are laid out otherwise than contiguous
   or channels-last;
-- where σ is no Python number;
+- where σ is no Python number, or no plain attribute;
 - where a batch of the independent or exact matcher has fewer than 16384 elements on the CPU: nothing is gained there;
-- under ``torch.compile``, which fuses the hooks itself, and within ``torch.func`` transforms.
+- under ``torch.compile``, which fuses the hooks itself, ``torch.jit.trace``, and ``torch.func`` transforms.
 
 In half precision the fused pass computes in float32 and rounds once, where torchcfm rounds every operation: the dtypes
 are torchcfm's, the numbers are closer to the exact ones.
@@ -65,8 +65,6 @@ class ConditionalFlowMatcher:
     Source: Tong et al. (2024), equations 14 and 15.
     """
 
-    _form = "linear"  # of the fused pass, for the hooks of the class that says so
-
     def __init__(self, sigma: float | int = 0.0) -> None:
         self.sigma = sigma
 
@@ -109,8 +107,9 @@ class ConditionalFlowMatcher:
         if len(t) != x0.shape[0]:
             raise AssertionError(f"t: expected {x0.shape[0]} times, one a sample of x0, got {len(t)}")
         epsilon = self.sample_noise_like(x0)
-        if _registration.eager() and self._fusible(x0, x1, t, epsilon):
-            xt, ut = self._fused(x0, x1, t, epsilon)
+        form = form_of(self)
+        if form is not None and fusible(form, x0, x1, t, epsilon):
+            xt, ut = fused(form, self.sigma, x0, x1, t, epsilon)
         else:
             xt = self.sample_xt(x0, x1, t, epsilon)
             ut = self.compute_conditional_flow(x0, x1, t, xt)
@@ -120,45 +119,20 @@ class ConditionalFlowMatcher:
         """2σ_t/(σ² + 1e-8), the weight of the score's loss."""
         return 2 * self.compute_sigma_t(t) / (self.sigma**2 + 1e-8)
 
-    def _fusible(self, x0: Any, x1: Any, t: Any, epsilon: Any) -> bool:
-        """Whether the fused pass gives what the hooks would, and no later."""
-        tensors = (x0, x1, epsilon, t)
-        return (
-            type(x0) is torch.Tensor  # hooks of one's own may take anything
-            and (self._form != "linear" or x0.numel() >= FEW or x0.device.type != "cpu")
-            and isinstance(self.sigma, (float, int))
-            and abs(self.sigma) < 1e30  # what float32 holds
-            and all(getattr(self, name) == MethodType(hook, self) for name, hook in FUSED_HOOKS[self._form].items())
-            and all(type(tensor) is torch.Tensor for tensor in tensors)
-            and x0.is_floating_point()
-            and x0.dtype == x1.dtype == t.dtype == epsilon.dtype
-            and x0.shape == x1.shape == epsilon.shape
-            and t.shape == x0.shape[:1]
-            and x0.device == x1.device == t.device == epsilon.device
-            and (all(map(torch.Tensor.is_contiguous, tensors)) or all(map(channels_last, tensors[:3])))
-            and not _registration.requires_grad(*tensors)
-        )
 
-    def _fused(
-        self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, epsilon: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        coefficients = torch.stack(self._coefficients(t.to(compute_dtype(x0))), -1)
-        if x0.is_contiguous():
-            return conditional_flow(x0, x1, epsilon, coefficients, self._form)
-        x0, x1, epsilon = (tensor.movedim(1, -1) for tensor in (x0, x1, epsilon))  # in the order of the memory
-        xt, ut = conditional_flow(x0, x1, epsilon, coefficients, self._form)
-        # .data: no views, which autograd would not let a program change in place as it may torchcfm's tensors
-        return xt.movedim(-1, 1).data, ut.movedim(-1, 1).data
+class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
+    """OT-CFM: the pairs are drawn anew from the minibatch's exact optimal-transport plan.
 
-    def _coefficients(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """(a, b, s, c) of :func:`~fmkernels.ops.conditional_flow`, each formed as the hooks form it."""
-        return [t, 1 - t, torch.full_like(t, self.sigma), t]
+    Args:
+        sigma: σ, a number.
+        ot_sampler: what draws the pairs, such as :class:`SinkhornPlanSampler`; None for POT's exact plan.
 
+    Source: Tong et al. (2024), section 3.2.
+    """
 
-class _Coupled(ConditionalFlowMatcher):
-    """Pairs drawn anew from a plan between the two samples, by ``self.ot_sampler``."""
-
-    ot_sampler: PlanSampler
+    def __init__(self, sigma: float | int = 0.0, *, ot_sampler: PlanSampler | None = None) -> None:
+        super().__init__(sigma)
+        self.ot_sampler = OTPlanSampler(method="exact") if ot_sampler is None else ot_sampler
 
     def sample_location_and_conditional_flow(
         self, x0: torch.Tensor, x1: torch.Tensor, t: Any = None, return_noise: bool = False
@@ -182,28 +156,11 @@ class _Coupled(ConditionalFlowMatcher):
         return (t, xt, ut, y0, y1, *epsilon)
 
 
-class ExactOptimalTransportConditionalFlowMatcher(_Coupled):
-    """OT-CFM: the pairs are drawn anew from the minibatch's exact optimal-transport plan.
-
-    Args:
-        sigma: σ, a number.
-        ot_sampler: what draws the pairs, such as :class:`SinkhornPlanSampler`; None for POT's exact plan.
-
-    Source: Tong et al. (2024), section 3.2.
-    """
-
-    def __init__(self, sigma: float | int = 0.0, *, ot_sampler: PlanSampler | None = None) -> None:
-        super().__init__(sigma)
-        self.ot_sampler = OTPlanSampler(method="exact") if ot_sampler is None else ot_sampler
-
-
 class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
     """Lipman et al.'s path from noise: x_t ~ N(t·x1, (1 − (1 − σ)t)²I), u_t = (x1 − (1 − σ)x_t)/(1 − (1 − σ)t).
 
     Source: Lipman et al. (2023), equations 20 and 21.
     """
-
-    _form = "target"
 
     def compute_mu_t(self, x0: torch.Tensor, x1: torch.Tensor, t: Any) -> torch.Tensor:
         """t·x1."""
@@ -217,12 +174,8 @@ class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
         """(x1 − (1 − σ)·x_t)/(1 − (1 − σ)·t)."""
         return (x1 - (1 - self.sigma) * xt) / (1 - (1 - self.sigma) * pad_t_like_x(t, x1))
 
-    def _coefficients(self, t: torch.Tensor) -> list[torch.Tensor]:
-        sigma = self.compute_sigma_t(t)
-        return [t, torch.full_like(t, 1 - self.sigma), sigma, sigma]
 
-
-class SchrodingerBridgeConditionalFlowMatcher(_Coupled):
+class SchrodingerBridgeConditionalFlowMatcher(ConditionalFlowMatcher):
     """SB-CFM: pairs from an entropic plan of regularisation 2σ² (or the exact one), Brownian bridges between them.
 
     x_t ~ N(t·x1 + (1 − t)·x0, σ²t(1 − t)I), u_t = (1 − 2t)/(2t(1 − t) + 1e-8)·(x_t − μ_t) + x1 − x0.
@@ -237,8 +190,6 @@ class SchrodingerBridgeConditionalFlowMatcher(_Coupled):
     Source: Tong et al. (2024), section 3.3.
     """
 
-    _form = "bridge"
-
     def __init__(
         self, sigma: float | int = 1.0, ot_method: str = "exact", *, ot_sampler: PlanSampler | None = None
     ) -> None:
@@ -248,7 +199,7 @@ class SchrodingerBridgeConditionalFlowMatcher(_Coupled):
             warnings.warn("Small sigma values may lead to numerical instability.", stacklevel=2)
         super().__init__(sigma)
         self.ot_method = ot_method
-        self.ot_sampler = OTPlanSampler(method=ot_method, reg=2 * sigma**2) if ot_sampler is None else ot_sampler
+        self.ot_sampler = OTPlanSampler(method=ot_method, reg=2 * self.sigma**2) if ot_sampler is None else ot_sampler
 
     def compute_sigma_t(self, t: Any) -> Any:
         """σ·√(t(1 − t))."""
@@ -258,13 +209,28 @@ class SchrodingerBridgeConditionalFlowMatcher(_Coupled):
         """(1 − 2t)/(2t(1 − t) + 1e-8)·(x_t − μ_t) + x1 − x0."""
         t = pad_t_like_x(t, x0)
         mean = self.compute_mu_t(x0, x1, t)  # before the slope: gradients are summed in this order
-        return self._slope(t) * (xt - mean) + x1 - x0
+        return bridge_slope(t) * (xt - mean) + x1 - x0
 
-    def _slope(self, t: torch.Tensor) -> torch.Tensor:
-        return (1 - 2 * t) / (2 * t * (1 - t) + 1e-8)
+    def sample_location_and_conditional_flow(
+        self, x0: torch.Tensor, x1: torch.Tensor, t: Any = None, return_noise: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """As of :class:`ExactOptimalTransportConditionalFlowMatcher`."""
+        x0, x1 = self.ot_sampler.sample_plan(x0, x1)
+        return super().sample_location_and_conditional_flow(x0, x1, t, return_noise)
 
-    def _coefficients(self, t: torch.Tensor) -> list[torch.Tensor]:
-        return [t, 1 - t, self.compute_sigma_t(t), self._slope(t)]
+    def guided_sample_location_and_conditional_flow(
+        self,
+        x0: torch.Tensor,
+        x1: torch.Tensor,
+        y0: torch.Tensor | None = None,
+        y1: torch.Tensor | None = None,
+        t: Any = None,
+        return_noise: bool = False,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """As of :class:`ExactOptimalTransportConditionalFlowMatcher`."""
+        x0, x1, y0, y1 = self.ot_sampler.sample_plan_with_labels(x0, x1, y0, y1)
+        t, xt, ut, *epsilon = super().sample_location_and_conditional_flow(x0, x1, t, return_noise)
+        return (t, xt, ut, y0, y1, *epsilon)
 
 
 class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
@@ -272,8 +238,6 @@ class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
 
     Source: Albergo and Vanden-Eijnden (2023).
     """
-
-    _form = "trigonometric"
 
     def compute_mu_t(self, x0: torch.Tensor, x1: torch.Tensor, t: Any) -> torch.Tensor:
         """cos(πt/2)·x0 + sin(πt/2)·x1."""
@@ -285,9 +249,10 @@ class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
         t = pad_t_like_x(t, x0)
         return math.pi / 2 * (torch.cos(math.pi / 2 * t) * x1 - torch.sin(math.pi / 2 * t) * x0)
 
-    def _coefficients(self, t: torch.Tensor) -> list[torch.Tensor]:
-        angle = math.pi / 2 * t
-        return [torch.sin(angle), torch.cos(angle), torch.full_like(t, self.sigma), t]
+
+def bridge_slope(t: torch.Tensor) -> torch.Tensor:
+    """(1 − 2t)/(2t(1 − t) + 1e-8)."""
+    return (1 - 2 * t) / (2 * t * (1 - t) + 1e-8)
 
 
 def channels_last(x: torch.Tensor) -> bool:
@@ -295,14 +260,69 @@ def channels_last(x: torch.Tensor) -> bool:
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
+# The fused pass. Functions, not methods: a matcher's names are its user's.
+
 FEW = 16384  # elements on the CPU, below which preparing the fused pass costs more than four of the hooks' operations
 HOOKS = ("compute_mu_t", "compute_sigma_t", "sample_xt", "compute_conditional_flow")
-FUSED_HOOKS = {  # form -> the hooks that it stands for, as they are here
-    cls._form: {name: getattr(cls, name) for name in HOOKS}
-    for cls in (
-        ConditionalFlowMatcher,
-        TargetConditionalFlowMatcher,
-        SchrodingerBridgeConditionalFlowMatcher,
-        VariancePreservingConditionalFlowMatcher,
+# compute_conditional_flow -> (form of the op, the hooks that it stands for)
+FORMS: dict[Any, tuple[str | None, dict[str, Any]]] = {
+    cls.compute_conditional_flow: (form, {name: getattr(cls, name) for name in HOOKS})
+    for form, cls in (
+        ("linear", ConditionalFlowMatcher),
+        ("target", TargetConditionalFlowMatcher),
+        ("bridge", SchrodingerBridgeConditionalFlowMatcher),
+        ("trigonometric", VariancePreservingConditionalFlowMatcher),
     )
 }
+
+
+def form_of(matcher: Any) -> str | None:
+    """The form of the op that gives what a matcher's hooks would; None where one is its user's own, or σ no number."""
+    form, hooks = FORMS.get(getattr(matcher.compute_conditional_flow, "__func__", None), (None, {}))
+    if not all(getattr(matcher, name) == MethodType(hook, matcher) for name, hook in hooks.items()):
+        return None
+    sigma = vars(matcher).get("sigma")  # a property may be another number each time it is asked for
+    return form if isinstance(sigma, (float, int)) and abs(sigma) < 1e30 else None  # what float32 holds
+
+
+def fusible(form: str, x0: Any, x1: Any, t: Any, epsilon: Any) -> bool:
+    """Whether the fused pass gives what the hooks would, and no later."""
+    tensors = (x0, x1, epsilon, t)
+    return (
+        _registration.eager()
+        and all(type(tensor) is torch.Tensor for tensor in tensors)  # hooks of one's own may take anything
+        and (form != "linear" or x0.numel() >= FEW or x0.device.type != "cpu")
+        and x0.is_floating_point()
+        and x0.dtype == x1.dtype == t.dtype == epsilon.dtype
+        and x0.shape == x1.shape == epsilon.shape
+        and t.shape == x0.shape[:1]
+        and x0.device == x1.device == t.device == epsilon.device
+        and (all(map(torch.Tensor.is_contiguous, tensors)) or all(map(channels_last, tensors[:3])))
+        and not _registration.requires_grad(*tensors)
+    )
+
+
+def fused(
+    form: str, sigma: float, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, epsilon: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_t and u_t in one pass."""
+    coefficients = torch.stack(coefficients_of(form, sigma, t.to(compute_dtype(x0))), -1)
+    if x0.is_contiguous():
+        return conditional_flow(x0, x1, epsilon, coefficients, form)
+    x0, x1, epsilon = (tensor.movedim(1, -1) for tensor in (x0, x1, epsilon))  # in the order of the memory
+    xt, ut = conditional_flow(x0, x1, epsilon, coefficients, form)
+    # .data: no views, which autograd would not let a program change in place as it may torchcfm's tensors
+    return xt.movedim(-1, 1).data, ut.movedim(-1, 1).data
+
+
+def coefficients_of(form: str, sigma: float, t: torch.Tensor) -> list[torch.Tensor]:
+    """(a, b, s, c) of :func:`~fmkernels.ops.conditional_flow`, each formed as the hooks form it."""
+    if form == "target":
+        spread = 1 - (1 - sigma) * t
+        return [t, torch.full_like(t, 1 - sigma), spread, spread]
+    if form == "bridge":
+        return [t, 1 - t, sigma * torch.sqrt(t * (1 - t)), bridge_slope(t)]
+    if form == "trigonometric":
+        angle = math.pi / 2 * t
+        return [torch.sin(angle), torch.cos(angle), torch.full_like(t, sigma), t]
+    return [t, 1 - t, torch.full_like(t, sigma), t]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .. import _registration
 from ..ops.runge_kutta_stage import rowwise, state_time_dtype
 from ..ops.runge_kutta_step import (
     ACCEPTED,
@@ -61,8 +62,8 @@ class AdaptiveSolve:
         start = t0.to(state_time_dtype(problem.y))
         with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "autograd"):
             k_first = problem.field(start, problem.y)
-        differentiate = torch.is_grad_enabled() and (
-            times_need or problem.y.requires_grad or k_first.requires_grad or any(p.requires_grad for p in parameters)
+        differentiate = _registration.transforming() or (
+            torch.is_grad_enabled() and (times_need or any(x.requires_grad for x in (problem.y, k_first, *parameters)))
         )
         for name, value in (("dense", dense), ("cuda_graph", cuda_graph)):
             if value and differentiate:
@@ -177,6 +178,7 @@ class AdaptiveSolve:
             h = self.first_step.detach().expand(problem.rows)
         low, high = self.bounds
         moves = 16 * torch.finfo(torch.float64).eps * torch.maximum(t0.abs(), t1.abs())  # less may not change t0
+        h = h.detach()  # step sizes are constants, of forward mode too
         h = torch.minimum(h.nan_to_num(1e-6).clamp(low, high).maximum(moves), (t1 - t0).abs())
         M = 0 if self.t_eval is None else self.t_eval.shape[-1]
         self.outputs = None

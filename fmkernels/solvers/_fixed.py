@@ -69,7 +69,8 @@ class FixedOutputs:
 
     @staticmethod
     def _moving(problem) -> bool:
-        return torch.is_grad_enabled() and any(t.requires_grad for t in (problem.t0, problem.t1, problem.t_eval))
+        times = problem.t0, problem.t1, problem.t_eval
+        return _registration.transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in times))
 
     def step(self, n: int, y, y1, k, times, grid=None) -> None:
         """Fill in the outputs of step n; ``times`` are its ends, or step n of ``grid``."""
@@ -128,8 +129,8 @@ def solve_fixed(problem, tableau: Tableau, steps, step_size, gradient, parameter
         )  # fmt: skip
         values = None if outputs is None else values
     else:
-        moving = torch.is_grad_enabled() and (t0.requires_grad or t1.requires_grad)
         clock = Grid(t0, t1)
+        moving = clock.moves and (torch.is_grad_enabled() or _registration.transforming())
         y, _ = _march(problem, method, clock(grid) if moving else grid, numbers, outputs, None)
         values = None if outputs is None else outputs.stacked()
     if not everywhere:  # what f says of a row that is at its end already, NaN perhaps, does not matter
@@ -147,7 +148,8 @@ def _march(problem, method: Plan, grid, numbers, outputs: FixedOutputs | None, r
     starts = grid.to(state_time_dtype(y)).unbind(0)
     k_next = None
     accepted = torch.ones(problem.rows, dtype=torch.bool, device=problem.device) if records is not None else None
-    bare = _registration.below_autograd if not torch.is_grad_enabled() else _registration.nothing
+    graph = torch.is_grad_enabled() or _registration.transforming()
+    bare = _registration.nothing if graph else _registration.below_autograd
     for n in numbers:
         k = [field(starts[n], y) if k_next is None else k_next]
         for coefficients, used, nudge in method.stages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -56,7 +57,7 @@ class FixedGrid:
         grid = self.grid()
         times, starts, ends = grid.to(torch.float64), self.starts(grid), grid.tolist()
         callback = problem.callbacks.get("callback_step")
-        y, values = problem.y, [problem.y]
+        y, values = problem.y, [problem.y.clone()]  # func may overwrite what it is given
         for i, end in enumerate(ends[1:]):
             if callback is not None:
                 callback(grid[i], y, (grid[i + 1] - grid[i]).abs())
@@ -64,9 +65,10 @@ class FixedGrid:
             between = None
             while len(values) < len(problem.values) and (end - problem.values[len(values)]) * direction >= 0:
                 between = between or self.interpolant(y, k_first, y1, times[i], times[i + 1])
-                values.append(between(problem.t[len(values)].to(torch.float64)))
+                value = between(problem.t[len(values)].to(torch.float64))
+                values.append(value.clone() if value is y or value is y1 else value)
             y = y1
-        return torch.stack(values)
+        return torch.stack([value.to(problem.y.dtype) for value in values])
 
     def starts(self, grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The times given to f at the start of each step."""
@@ -120,7 +122,10 @@ class FixedGrid:
 def _stage(stage: StagePlan, y, k, times, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     coefficients, used, nudge = stage
     used = [k[j] for j in used]
-    if _registration.requires_grad(y, times, *used):
+    if any(k_j.dtype is not y.dtype for k_j in used):  # the state goes on in the wider one, as in torchdiffeq
+        wide = functools.reduce(torch.promote_types, (x.dtype for x in (y, *used)))
+        y, used = y.to(wide), [k_j.to(wide) for k_j in used]
+    if _registration.transforming() or _registration.requires_grad(y, times, *used):
         return STAGE(y, used, times, step, coefficients, 0, nudge)
     with _registration.below_autograd():
         return STAGE(y, used, times, step, coefficients, 0, nudge)

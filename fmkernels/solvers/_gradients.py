@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
+from .. import _registration
 from ..ops.runge_kutta_stage import rowwise, state_time_dtype
 from ..ops.runge_kutta_step import ACCEPTED, CURSOR, RATIO, RUNNING_STATUS, STATUS, T_NEXT, T
 from ._integrator import Integrator, Record
@@ -41,7 +42,7 @@ class Clock:
 
     def __init__(self, t0: torch.Tensor, t1: torch.Tensor):
         self.t0, self.t1 = t0, t1
-        self.moves = t0.requires_grad or t1.requires_grad
+        self.moves = t0.requires_grad or t1.requires_grad or _registration.transforming()
 
     def __call__(self, times: torch.Tensor) -> torch.Tensor:
         if not self.moves:
@@ -75,7 +76,7 @@ class Outputs:
                 here, self.t_eval[..., m], times[0].detach()
             )  # elsewhere it may be NaN, and so its gradient
             between = interpolate(self.plan, y, k, times, t)
-            if t.requires_grad or times.requires_grad:
+            if t.requires_grad or times.requires_grad or _registration.transforming():
                 return between
             return torch.where(rowwise(t == times[1], y), y1, between)
 

@@ -105,13 +105,16 @@ class Watch:
     def __init__(self, counters: torch.Tensor):
         self.count = counters.view(COUNTERS, -1)[RUNNING, :1]
         self.on_cpu = counters.device.type == "cpu"
-        self.seen = self.count.numpy() if self.on_cpu else None
+        self.transformed = _registration.transforming()  # then it has no memory that could be looked at
+        self.seen = self.count.numpy() if self.on_cpu and not self.transformed else None
         self.pending: deque = deque()
 
     def running(self) -> int:
         """Rows running after the step just queued, or after one of the two before it."""
-        if self.on_cpu:
+        if self.seen is not None:
             return int(self.seen[0])
+        if self.transformed:
+            return int(self.count)
         host = torch.empty(1, dtype=torch.int32, pin_memory=True)
         host.copy_(self.count, non_blocking=True)
         event = torch.cuda.Event()
@@ -157,6 +160,15 @@ def initial_step(
     largest = torch.maximum(d1, d2)
     h1 = torch.where(largest <= 1e-15, torch.maximum(torch.full_like(h0, 1e-6), h0 * 1e-3), (0.01 / largest) ** (1 / q))
     return torch.minimum(100 * h0, h1).to(torch.float64)
+
+
+def refuse_vmap(method: str) -> None:
+    """An adaptive step is decided on numbers, which a batch that vmap hides does not show."""
+    if _registration.vmapping():
+        raise RuntimeError(
+            f"method: expected one of fixed steps under torch.vmap, got the adaptive {method!r}, which decides by "
+            "numbers; make what vmap maps over rows of y0"
+        )
 
 
 def progress_bar() -> Callable:

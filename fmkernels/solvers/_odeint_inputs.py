@@ -76,8 +76,9 @@ class Layout:
     def unpack(self, packed: torch.Tensor):
         return self.split(self.plain(packed))
 
-    def field(self, func: Callable) -> Callable:
-        """func on the packed state. What it returns need only broadcast and convert to it, as in torchdiffeq."""
+    def field(self, func: Callable, widens: bool = False) -> Callable:
+        """func on the packed state. What it returns need only broadcast and convert to it, as in torchdiffeq; where
+        that ``widens`` the state, it stays in a wider dtype of its own."""
         shape, dtype = self.shape, self.dtype
 
         def coerced(k):
@@ -86,7 +87,7 @@ class Layout:
             if k.is_complex() and not dtype.is_complex:
                 raise RuntimeError(f"func: expected it to return {dtype}, the dtype of y0, got {k.dtype}")
             try:
-                return k.to(dtype).expand(shape)
+                return k.to(torch.promote_types(k.dtype, dtype) if widens else dtype).expand(shape)
             except RuntimeError as error:
                 raise RuntimeError(
                     f"func: expected it to return shape {list(shape)}, that of y0, got {list(k.shape)}"
@@ -211,7 +212,7 @@ def problem(func, y0, t, rtol, atol, method, options) -> Problem:
     return Problem(
         func,
         layout,
-        layout.field(func),
+        layout.field(func, widens=method not in ADAPTIVE),
         y,
         t,
         rtol,

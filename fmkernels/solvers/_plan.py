@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -51,7 +52,11 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def plan(tableau: Tableau, device: torch.device, nudged: bool = False) -> Plan:
     """``nudged``: evaluate just before the end of a step, on this side of a discontinuity there, like torchdiffeq."""
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _registration.outside_of_modes():
+        return _plan(tableau, device, nudged)
 
+
+def _plan(tableau: Tableau, device: torch.device, nudged: bool) -> Plan:
     def tensor(rows) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.float64, device=device)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import _checks
+from .. import _checks, _registration
 from ..ops.runge_kutta_step import DONE
 from ._state import State
 
@@ -76,7 +76,8 @@ class Problem:
         self.rows, self.device = self.state.rows, self.state.device
         self.field = self.state.field(f)
         y = self.state.pack(y0)
-        self.y = y if y.requires_grad else y.detach()  # f may ask what it is given to require a gradient
+        # f may ask what it is given to require a gradient; forward mode's tangents would be lost.
+        self.y = y if y.requires_grad or _registration.transforming() else y.detach()
         self.t0, self.t1 = self._span(t_span)
         self.t_eval = None if t_eval is None else self._outputs(t_eval)
 

@@ -69,6 +69,9 @@ class SharedStep:
         y, t = problem.y, problem.t
         self.t = t.to(torch.float64)
         t0 = self.t.detach()[0]
+        self.solution = None if open_ended else y.new_empty(len(problem.values), *y.shape)
+        if self.solution is not None:
+            self.solution[0] = y.detach()  # before f, which may overwrite what it is given
         self.f0 = self.field(t[0].to(problem.time_dtype), y)
         k_first = self.f0.detach().clone(memory_format=torch.contiguous_format)
         with_graph = _registration.transforming() or _registration.requires_grad(y, t, self.f0)
@@ -81,7 +84,6 @@ class SharedStep:
             after_rejection_cap=options.ifactor, beta1=1 / self.plan.tableau.error_order, min_step=options.min_step,
             max_step=options.max_step, step_limit=math.inf, accept_at_min_step=1.0,
         )  # fmt: skip
-        self.solution = None if open_ended else y.new_empty(len(problem.values), *y.shape)
         self.integrator = Integrator(
             self.field, start, k_first, self.plan, t0, torch.full_like(t0, end), problem.direction * size, settings,
             problem.rtol, problem.atol, problem.segment_tensor(), problem.layout.components,
@@ -138,9 +140,8 @@ class SharedStep:
 
     def run(self) -> torch.Tensor:
         """The packed solution at ``t``, [T, …]."""
-        values = [self.problem.y]
+        values = [self.problem.y if self.with_graph else self.solution[0]]
         if self.plain_loop:
-            self.solution[0] = self.problem.y.detach()
             self.integrator.counters[CURSOR] = 1
             if self._loop():
                 return self.solution

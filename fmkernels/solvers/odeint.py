@@ -10,6 +10,7 @@ import torch
 
 from . import _odeint_inputs
 from ._fixed_grid import FixedGrid
+from ._integrator import refuse_vmap
 from ._odeint_inputs import HANDED_OVER, Layout, Problem, check_method, torchdiffeq_function
 from ._plan import Plan
 from ._shared_step import SharedStep, Step, value_at
@@ -84,7 +85,10 @@ def integrate(problem: Problem) -> torch.Tensor:
     """The packed solution at t, [T, …]."""
     if len(problem.values) == 1 or problem.y.numel() == 0:
         return problem.y.unsqueeze(0).repeat_interleave(len(problem.values), 0)
-    return (SharedStep if problem.adaptive else FixedGrid)(problem).run()
+    if problem.adaptive:
+        refuse_vmap(problem.method)
+        return SharedStep(problem).run()
+    return FixedGrid(problem).run()
 
 
 def odeint_event(

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import torch
 
-from .. import _checks
+from .. import _checks, _registration
 from ._adaptive import AdaptiveSolve
 from ._fixed import solve_fixed
+from ._integrator import refuse_vmap
 from ._plan import plan, settings_tensor
 from ._problem import Problem, Solution, tolerance
 from .tableaus import ADAPTIVE, FIXED
@@ -123,6 +124,8 @@ def solve(
     """
     problem = Problem(f, y0, t_span, t_eval)
     check_options(method, gradient, min_step, max_step, max_steps, steps, step_size, dense, record_steps, cuda_graph)
+    if gradient != "autograd" and _registration.transforming():
+        raise ValueError(f"gradient: expected 'autograd' in forward mode and within torch.func, got {gradient!r}")
     columns = problem.state.columns // problem.state.components
     if norm_columns is not None:
         _checks.count("norm_columns", norm_columns, 1)
@@ -132,6 +135,7 @@ def solve(
         columns = norm_columns
     if method in FIXED:
         return solve_fixed(problem, FIXED[method], steps, step_size, gradient, parameters, progress)
+    refuse_vmap(method)
     if not isinstance(controller, PID):
         _checks.choice("controller", controller, CONTROLLERS)
         controller = CONTROLLERS[controller]
