@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2f6db3", "#d9772b", "#3a9a5b", "#c0394b", "#7d5ba6", "#6b7280"
@@ -46,6 +47,19 @@ def at_least(low: int):
 
 
 positive = at_least(1)
+
+
+def number(low: float, high: float = math.inf):
+    """The type of an option: a finite number from ``low`` to ``high``."""
+
+    def real(text: str) -> float:
+        value = float(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            upper = f" to {high:g}" if high < math.inf else " on"
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g}{upper}, got {text}")
+        return value
+
+    return real
 
 
 def terminal_table(title: str, header: list[str], rows: Iterable[list[str]], caption: str | None = None):

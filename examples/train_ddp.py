@@ -1,9 +1,9 @@
 """Train on several processes with the numbers of one: DDP or FSDP2, mixed precision, accumulation, averaged weights.
 
-    python examples/train_ddp.py                                              # one process
-    torchrun --nproc_per_node=3 examples/train_ddp.py --parallel ddp          # the same losses from three
-    torchrun --nproc_per_node=2 examples/train_ddp.py --parallel fsdp2 --amp bf16 --accumulate 4
-    torchrun --nproc_per_node=2 examples/train_ddp.py --resume --steps 600 --likelihood
+    python examples/train_ddp.py --out out/one                                      # one process
+    torchrun --nproc_per_node=3 examples/train_ddp.py --out out/three               # the same losses from three
+    torchrun --nproc_per_node=2 examples/train_ddp.py --out out/fsdp2 --parallel fsdp2 --amp bf16 --accumulate 4
+    torchrun --nproc_per_node=2 examples/train_ddp.py --out out/three --resume --steps 600 --likelihood
 
 ``--batch`` is the batch of all processes together and need not be a multiple of their number. Every rank draws the same
 key and takes its rows of the batch (``Trainer.loss_of``): noise, times and dequantisation are those of one process bit
@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from common import at_least, positive
+from common import at_least, number, positive
 from image_data import READERS, load
 from networks import Attention, ImageMLP, ResidualBlock, Transformer, TransformerBlock, UNet, UNetSize
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -53,6 +56,9 @@ NETWORKS = {
 }
 HALF = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_EVERY = 20  # steps; reading the losses waits for the device
+# What a run must go on with as it began, since its numbers depend on it.
+KEPT = ("network", "data", "batch", "seed", "dtype", "amp", "learning_rate", "dropout")
+PATIENCE = datetime.timedelta(hours=2)  # of a process that has scored its share with those that still score
 
 
 class Trainer:
@@ -77,6 +83,7 @@ class Trainer:
         elif joined:
             self.model = DistributedDataParallel(self.network)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), options.learning_rate)
+        self.fill_optimizer()
         if self.model is not self.network:
             self.settle()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
@@ -86,6 +93,19 @@ class Trainer:
     def new_network(self) -> nn.Module:
         network = NETWORKS[self.options.network](self.data.shape, self.options.dropout)
         return network.to(self.device, self.options.dtype)
+
+    def fill_optimizer(self) -> None:
+        """The optimizer's state before its first step. Saving would make it too, and count that as a step."""
+        for parameter in self.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
+        self.optimizer.zero_grad()
 
     def settle(self) -> None:
         """One step of no effect. After the first DDP groups the gradients anew, and with the groups the order of sums
@@ -124,13 +144,13 @@ class Trainer:
     def train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One step; this rank's share of the mean loss and the norm of the whole gradient."""
         rows, key = self.next_rows(), fmk.key(self.device, self.keys)
-        torch.manual_seed((self.options.seed << 32) + self.step * self.world + self.rank)  # for dropout
+        torch.manual_seed(seed_of(self.options.seed, self.step * self.world + self.rank))  # for dropout
         share = torch.arange(*shard_rows(len(rows), self.rank, self.world))
         parts = share.tensor_split(self.options.accumulate)  # as many in every rank, some of them empty perhaps
         loss = torch.zeros((), device=self.device, dtype=self.options.dtype)
-        for number, part in enumerate(parts, 1):
+        for i, part in enumerate(parts, 1):
             first, last = (int(part[0]), int(part[-1]) + 1) if len(part) else (0, 0)
-            with self.unsynchronised(number == len(parts)):
+            with self.unsynchronised(i == len(parts)):
                 part_loss = self.loss_of(rows, key, first, last)
                 # DDP and FSDP2 divide the sum over the ranks by their number.
                 self.scaler.scale(part_loss * self.world).backward()
@@ -146,9 +166,16 @@ class Trainer:
 
     def run(self) -> None:
         """All that the options ask for."""
-        self.options.out.mkdir(parents=True, exist_ok=True)
+        out, began = self.options.out, {name: str(getattr(self.options, name)) for name in KEPT}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--out: expected a folder that can be written, got {out}: {error.strerror}") from error
         if self.options.resume:
-            self.resume()
+            self.resume(began)
+        elif self.rank == 0:
+            (out / "log.jsonl").unlink(missing_ok=True)  # of a run that was never saved
+            (out / "options.json").write_text(json.dumps(began, indent=1) + "\n")
         self.train()
         if self.options.likelihood:
             scores = self.likelihood()
@@ -203,15 +230,24 @@ class Trainer:
         self.keys.set_state(state["keys"])
         self.step = state["step"]
 
-    def resume(self) -> None:
-        """From the last checkpoint that was finished; its metadata is written at its end."""
-        finished = sorted(self.options.out.glob("step-*/.metadata"))
-        if not finished:
-            raise FileNotFoundError(f"--resume: expected a finished checkpoint in {self.options.out}, found none")
-        dcp.load({"run": self}, checkpoint_id=finished[-1].parent, no_dist=self.world == 1)
+    def resume(self, given: dict[str, str]) -> None:
+        """From the last checkpoint that was finished."""
+        file = self.options.out / "options.json"
+        for name, value in (json.loads(file.read_text()) if file.exists() else {}).items():
+            if given[name] != value:
+                raise SystemExit(
+                    f"--{name.replace('_', '-')}: expected {value}, with which the run in {self.options.out} began, "
+                    f"got {given[name]}; name another --out for another run"
+                )
+        last = finished_in(self.options.out)[-1]
+        try:
+            dcp.load({"run": self}, checkpoint_id=last, no_dist=self.world == 1)
+        except (Exception, CheckpointException) as error:
+            raise RuntimeError(f"{last} does not load; remove it to resume from the one before: {error}") from error
         log = self.options.out / "log.jsonl"
         if self.rank == 0 and log.exists():  # what came after the checkpoint comes again
             lines = log.read_text().splitlines(keepends=True)
+            lines = lines if not lines or lines[-1].endswith("\n") else lines[:-1]  # cut short as it was written
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def likelihood(self) -> DatasetScores:
@@ -239,30 +275,51 @@ def checkpoint_of(out: Path, step: int) -> Path:
     return out / f"step-{step:08d}"
 
 
+def finished_in(out: Path) -> list[Path]:
+    """The checkpoints that were written to their end, where their metadata is."""
+    return sorted(file.parent for file in out.glob("step-*/.metadata"))
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on every number; of a larger one torch's generator on the CPU takes the low 32 bits alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def options_of(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    kind = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=kind)
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="how several processes share")
-    parser.add_argument("--data", choices=tuple(READERS), default="digits")
+    parser.add_argument("--data", choices=tuple(READERS), default="digits", help="what to train on")
     parser.add_argument("--root", type=Path, metavar="DIR", help="where the files of the data are")
-    parser.add_argument("--network", choices=tuple(NETWORKS), default="mlp")
-    parser.add_argument("--steps", type=positive, default=500)
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="mlp", help="what to train")
+    parser.add_argument("--steps", type=positive, default=500, help="steps from the very first one on")
     parser.add_argument("--batch", type=positive, default=256, help="images in a batch of all processes together")
     parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="parts of a rank's share of a step")
     parser.add_argument("--amp", choices=tuple(HALF), default="none", help="autocast; fp16 scales the loss")
-    parser.add_argument("--float64", dest="dtype", action="store_const", const=torch.float64, default=torch.float32)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R")
-    parser.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="the largest norm of a gradient")
-    parser.add_argument("--ema", type=float, default=0.999, metavar="DECAY", help="of the averaged weights")
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="above 0 the split changes the numbers")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--float64", dest="dtype", action="store_const", const=torch.float64, default=torch.float32, help="for float32"
+    )
+    parser.add_argument("--learning-rate", type=number(0), default=1e-3, metavar="R", help="of AdamW")
+    parser.add_argument("--clip", type=number(0), default=1.0, metavar="NORM", help="the largest norm of a gradient")
+    parser.add_argument("--ema", type=number(0, 1), default=0.999, metavar="DECAY", help="of the averaged weights")
+    parser.add_argument(
+        "--dropout", type=number(0, 1), default=0.0, metavar="P", help="above 0 the split changes the numbers"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, keys, the order of images, dropout")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="to train on"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/train"), metavar="DIR", help="log and checkpoints")
-    parser.add_argument("--save-every", type=positive, default=200, metavar="STEPS")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--save-every", type=positive, default=200, metavar="STEPS", help="between checkpoints")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --out, with the options it began with"
+    )
     parser.add_argument("--likelihood", action="store_true", help="then score the test images")
     parser.add_argument("--score-batch", type=positive, default=64, metavar="N", help="images scored together")
     options = parser.parse_args(argv)
-    if not options.resume and any(options.out.glob("step-*")):
+    if options.resume and not finished_in(options.out):
+        parser.error(f"--resume: expected a finished checkpoint in {options.out}, found none; start without it")
+    if not options.resume and finished_in(options.out):
         parser.error(f"--out {options.out}: has a run already; go on with --resume, or name another folder")
     return options
 
@@ -273,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if several:
-        dist.init_process_group()  # NCCL for CUDA tensors, gloo for those of the CPU
+        dist.init_process_group(timeout=PATIENCE)  # NCCL for CUDA tensors, gloo for those of the CPU
     try:
         Trainer(options).run()
     finally:

@@ -68,30 +68,41 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     """The rows of every process, one after the other in the order of ranks; every process gets them all.
 
     Args:
-        rows: ``[n, …]`` on a device that the group's backend works on; n may differ between processes and be 0, dtype
-            and trailing shape may not. No gradient flows back.
+        rows: ``[n, …]`` of a dtype and on a device that the group's backend works on; n may differ between processes
+            and be 0, dtype, trailing shape and type of device may not. No gradient flows back.
         group: a process group; None takes the default one, or this process alone where there is none.
 
     Returns: ``[Σn, …]``.
 
-    Raises: TypeError, ValueError naming the argument, in every process.
+    Raises: TypeError, ValueError naming the argument; where one process gives something else than a tensor ``[n, …]``,
+        the others raise a RuntimeError that quotes its error.
     """
-    _checks.tensor("rows", rows)
-    kinds = from_everyone((tuple(rows.shape), rows.dtype), group)
-    for rank, (shape, dtype) in enumerate(kinds):
-        if not shape:
-            raise ValueError(f"rows: expected shape [n, …], got a scalar in rank {rank}")
-        if (shape[1:], dtype) != (kinds[0][0][1:], kinds[0][1]):
-            expected, got = (f"{kind} [n, {', '.join(map(str, s[1:]))}]" for s, kind in (kinds[0], (shape, dtype)))
+
+    def described() -> tuple[tuple[int, ...], torch.dtype, str]:
+        _checks.tensor("rows", rows)
+        if not rows.dim():
+            raise ValueError("rows: expected shape [n, …], got a scalar")
+        if rows.layout != torch.strided:
+            raise ValueError(f"rows: expected a dense tensor, got layout {rows.layout}")
+        return tuple(rows.shape), rows.dtype, rows.device.type
+
+    kinds = from_everyone(together(described, group), group)
+    shapes = [shape for shape, _, _ in kinds]
+    for rank, (shape, *kind) in enumerate(kinds):
+        if (shape[1:], *kind) != (shapes[0][1:], *kinds[0][1:]):
+            expected, got = (
+                f"{dtype} [n, {', '.join(map(str, shape[1:]))}] on {device}"
+                for shape, dtype, device in (kinds[0], kinds[rank])
+            )
             raise ValueError(f"rows: expected those of rank 0, {expected}, got {got} in rank {rank}")
     if len(kinds) == 1:
         return rows.detach()
-    longest = max(shape[0] for shape, _ in kinds)
+    longest = max(shape[0] for shape in shapes)
     padded = rows.new_zeros(longest, *rows.shape[1:])  # the backends gather tensors of one size
     padded[: len(rows)] = rows.detach()
     parts = [torch.empty_like(padded) for _ in kinds]
     dist.all_gather(parts, padded, group)
-    return torch.cat([part[: shape[0]] for part, (shape, _) in zip(parts, kinds)])
+    return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes)])
 
 
 @dataclass(frozen=True)
@@ -138,13 +149,14 @@ def score_dataset(
 
     The data set is cut into the same batches whatever the number of processes, each takes a contiguous run of whole
     ones, and probes and dequantisation go by key and image number: every image's score is that of one process alone,
-    bit for bit on the same hardware and threads. Processes with no batch left only wait for the others.
+    bit for bit on the same hardware and threads. Processes with no batch left only wait for the others, no longer than
+    the group's timeout: give ``init_process_group(timeout=…)`` more than the share of one process takes.
 
     Args:
         f: the field, as for :func:`~fmkernels.log_prob`, the same in every process. It must not communicate: processes
             call it different numbers of times. Take ``ddp.module``, and gather the weights of a sharded model first.
         images: integer levels ``[N, …]``, or a map-style data set whose items are such ``[…]`` or tuples that begin
-            with them; in each process the whole of it, of which only its share is read.
+            with them; in each process the whole of it (another length is an error), of which only its share is read.
         batch: images in a batch.
         draws: K, the dequantisation draws of every image.
         key, generator, first_row: as for :func:`~fmkernels.evaluate_bits_per_dim`; rank 0's key serves all.
@@ -163,6 +175,13 @@ def score_dataset(
     """
     device, key = together(lambda: checked(images, batch, key, generator, first_row, device), group)
     rank, world = place_in(group)
+    given = {"images": len(images), "batch": batch, "draws": draws, "first_row": first_row}
+    for other, theirs in enumerate(from_everyone(given, group)):
+        for name, value in theirs.items():
+            if value != given[name]:
+                what = "the whole data set in every process, " if name == "images" else ""
+                values = f"{given[name]} here in rank {rank} and {value} in rank {other}"
+                raise ValueError(f"{name}: expected {what}the same in every process, got {values}")
     if world > 1:
         dist.broadcast(key, group=group, group_src=0)
     total = len(images)
@@ -171,7 +190,11 @@ def score_dataset(
     def share() -> list[BitsPerDim]:
         batches = batches_of(images, first, last, batch)
         options.update(device=device, dtype=dtype, progress=progress and rank == 0)
-        return list(evaluate_bits_per_dim(f, batches, draws=draws, key=key, first_row=first_row + first, **options))
+        results = list(evaluate_bits_per_dim(f, batches, draws=draws, key=key, first_row=first_row + first, **options))
+        scored = sum(len(result.bits_per_dim) for result in results)
+        if scored != last - first:
+            raise ValueError(f"images: expected {last - first} in the share of rank {rank}, got {scored}")
+        return results
 
     results = together(share, group)
     empty = {

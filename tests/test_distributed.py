@@ -39,6 +39,18 @@ RUNS = {
 }
 
 
+class Ends(torch.utils.data.Dataset):
+    """Stops before its end, of which a loop over it says nothing."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        if index == 10:
+            raise StopIteration
+        return tiny().test[index]
+
+
 class Crash(Exception):
     """What a rank of these tests dies of."""
 
@@ -186,6 +198,12 @@ def failures() -> dict:
         "argument": lambda: score_dataset(still, tiny().test, 0 if rank == 1 else 3),
         "rows": lambda: gather_rows(torch.zeros(2, 3 + rank)),
         "dtype": lambda: gather_rows(torch.zeros(2, dtype=torch.int64 if rank else torch.float32)),
+        "no rows": lambda: gather_rows([1] if rank == 1 else torch.zeros(2)),
+        "device": lambda: gather_rows(torch.zeros(2, device="meta" if rank == 1 else "cpu")),
+        "shards": lambda: score_dataset(lambda t, x: 0 * x, tiny().test[rank:], 3, bits=math.log2(17)),
+        "batches": lambda: score_dataset(lambda t, x: 0 * x, tiny().test, 3 + rank, bits=math.log2(17)),
+        "first rows": lambda: score_dataset(lambda t, x: 0 * x, tiny().test, 3, first_row=rank, bits=math.log2(17)),
+        "an end": lambda: score_dataset(lambda t, x: 0 * x, Ends(), 3, bits=math.log2(17)),
     }
     for name, case in cases.items():
         try:
@@ -375,9 +393,19 @@ def test_an_error_of_one_rank_is_an_error_of_all(several):
     argument = several["failures"]["argument"]
     assert argument[1] == "ValueError: batch: expected an int of at least 1, got 0"
     assert argument[0] == f"RuntimeError: rank 1 failed: {argument[1]}"
-    expected = "ValueError: rows: expected those of rank 0, torch.float32 [n, 3], got torch.float32 [n, 4] in rank 1"
+    expected = "ValueError: rows: expected those of rank 0, torch.float32 [n, 3] on cpu"
+    expected += ", got torch.float32 [n, 4] on cpu in rank 1"
     assert several["failures"]["rows"] == [expected] * world
-    assert all("torch.int64 [n, ] in rank 1" in text for text in several["failures"]["dtype"])
+    assert all("torch.int64 [n, ] on cpu in rank 1" in text for text in several["failures"]["dtype"])
+    no_rows = several["failures"]["no rows"]
+    assert no_rows[1] == "TypeError: rows: expected a torch.Tensor, got list"
+    assert no_rows[0] == f"RuntimeError: rank 1 failed: {no_rows[1]}"
+    assert all("torch.float32 [n, ] on meta in rank 1" in text for text in several["failures"]["device"])
+    for name, what in (("shards", "images"), ("batches", "batch"), ("first rows", "first_row")):
+        assert all(text.startswith(f"ValueError: {what}: expected") for text in several["failures"][name])
+    assert "the whole data set in every process, the same" in several["failures"]["shards"][0]
+    *others, last = several["failures"]["an end"]
+    assert last.startswith("ValueError: images: expected ") and all(last in text for text in others)
 
 
 def test_a_rank_that_dies_ends_the_run(launched):
@@ -439,13 +467,55 @@ def test_the_command_of_one_process(tmp_path, capsys):
     import train_ddp
 
     arguments = ["--data", "digits", "--steps", "2", "--batch", "500", "--device", "cpu", "--out", str(tmp_path)]
-    with pytest.raises(FileNotFoundError, match="--resume: expected a finished checkpoint in .*, found none"):
-        train_ddp.main([*arguments, "--resume"])
+    for bad in (["--resume"], ["--dropout", "2"], ["--learning-rate", "nan"]):
+        with pytest.raises(SystemExit):
+            train_ddp.main([*arguments, *bad])
+        printed = capsys.readouterr().err
+        assert f"{bad[0]}: expected" in printed
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "step-00000001").mkdir()  # a checkpoint cut short, with its log
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
     train_ddp.main([*arguments, "--likelihood", "--score-batch", "180"])
     assert "bits per dimension over 360 test images" in capsys.readouterr().out
+    log = tmp_path / "log.jsonl"
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
     with pytest.raises(SystemExit):
         train_ddp.main(arguments)
     assert "has a run already; go on with --resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--learning-rate: expected 0.001, with which the run .* began, got 0.1"):
+        train_ddp.main([*arguments, "--resume", "--learning-rate", "0.1"])
+    log.write_text(log.read_text()[:-9])  # as a full disk leaves it
+    train_ddp.main([*arguments, "--resume", "--steps", "3"])
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3]
+    metadata = tmp_path / "step-00000003" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:-20])
+    with pytest.raises(RuntimeError, match="step-00000003 does not load; remove it to resume from the one before"):
+        train_ddp.main([*arguments, "--resume", "--steps", "4"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_saving_and_seeds_change_only_what_they_should(tmp_path):
+    """A save before the first step that is taken counts as no step; dropout depends on the seed."""
+    import train_ddp
+
+    def trained(name, *arguments):
+        common = ["--steps", "6", "--batch", "64", "--device", "cpu"]
+        trainer = train_ddp.Trainer(train_ddp.options_of([*common, "--out", str(tmp_path / name), *arguments]))
+        if "fp16" in arguments:
+            state = {**trainer.scaler.state_dict(), "scale": 2.0**22}  # the first steps overflow and are skipped
+            trainer.scaler.load_state_dict(state)
+        trainer.run()
+        assert 2**17 < trainer.scaler.get_scale() < 2**22
+        return [parameter.detach().clone() for parameter in trainer.network.parameters()]
+
+    often, seldom = (trained(n, "--amp", "fp16", "--save-every", n) for n in ("1", "100"))
+    assert all(torch.equal(a, b) for a, b in zip(often, seldom))
+    seeds = {train_ddp.seed_of(seed, step) for seed in range(20) for step in range(20)}
+    assert len(seeds) == 400 and max(seeds) < 2**32
+    torch.manual_seed(train_ddp.seed_of(0, 1))
+    mask = torch.rand(4)
+    torch.manual_seed(train_ddp.seed_of(1, 1))
+    assert not torch.equal(mask, torch.rand(4))
 
 
 if __name__ == "__main__":
