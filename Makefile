@@ -13,7 +13,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 OLDEST_TORCH ?= torch==2.11.0
 NEWEST_TORCH ?= torch
-SOURCES := $(shell find csrc torch-ext/*.cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc $(wildcard torch-ext/*.cpp) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test verify bench gpu lint format sanitize wheel-check clean

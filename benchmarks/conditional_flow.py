@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fmkernels.integrations.torchcfm import ConditionalFlowMatcher, SchrodingerBridgeConditionalFlowMatcher
+from fmkernels.integrations.torchcfm import fused
 from fmkernels.ops import conditional_flow
 
 from . import peers
@@ -25,17 +25,14 @@ class ConditionalFlow(Case):
     """torchcfm's path with smoothing noise: read x0, x1 and ε, write x_t and u_t."""
 
     op, kernel, passes = "conditional_flow", "conditional_flow", 5
-    matcher = "ConditionalFlowMatcher"
+    matcher, form = "ConditionalFlowMatcher", "linear"
 
     def tensors(self):
         t = 0.05 + 0.9 * torch.rand(self.rows, device=self.device)
         return SimpleNamespace(x0=self.randn(), x1=self.randn(), noise=self.randn(), t=t.to(self.dtype))
 
-    def __post_init__(self):
-        self.own = ConditionalFlowMatcher(SIGMA)
-
     def ours(self, b):
-        return self.own._fused(b.x0, b.x1, b.t, b.noise)
+        return fused(self.form, SIGMA, b.x0, b.x1, b.t, b.noise)
 
     @staticmethod
     def eager(x0, x1, noise, t):
@@ -72,10 +69,7 @@ class ConditionalFlowBridge(ConditionalFlow):
     """torchcfm's Schrödinger bridge, the longest of its formulas: also 5N."""
 
     op = "conditional_flow_bridge"
-    matcher = "SchrodingerBridgeConditionalFlowMatcher"
-
-    def __post_init__(self):
-        self.own = SchrodingerBridgeConditionalFlowMatcher(SIGMA, ot_sampler=object())
+    matcher, form = "SchrodingerBridgeConditionalFlowMatcher", "bridge"
 
     @staticmethod
     def eager(x0, x1, noise, t):
@@ -89,9 +83,6 @@ class ConditionalFlowAffine(ConditionalFlow):
     """flow_matching's affine path: read x0 and x1, write x_t and its velocity."""
 
     op, passes, matcher = "conditional_flow_affine", 4, None
-
-    def __post_init__(self):
-        pass
 
     def ours(self, b):
         t = b.t.float()

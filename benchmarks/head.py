@@ -12,7 +12,7 @@ from fmkernels import _registration
 from fmkernels.ops.matching_loss import TERM_X0, TERM_X1
 
 from . import peers
-from .measure import Case
+from .measure import Case, require
 
 SIZES = ((256, 2), (256, 784), (128, 12288), (32, 196608))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -84,7 +84,7 @@ class Head(Case):
         if x0 is None:
             x0 = fmk.ops.noise(batch.key, self.rows, self.columns, dtype=self.dtype)
         check_noise(x0, batch.key)
-        assert 0 <= batch.t.min() and batch.t.max() <= 1, "t: outside [0, 1]"
+        require(0 <= batch.t.min() and batch.t.max() <= 1, "t: outside [0, 1]")
         t = batch.t.double()[:, None]
         close(batch.x_t, (1 - t) * x0.double() + t * b.x1.double(), self.dtype)
         loss = self.matching.loss(b.prediction, batch)

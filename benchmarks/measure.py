@@ -192,7 +192,7 @@ def measure(case: Case, peers=None, seconds: float = 2.0, run: Callable = run_pl
         try:
             case.verify(case.tensors())
         except Exception as error:  # whatever a broken kernel raises, it has no speed
-            return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            return row | failure(error)
         count = min(SETS, 1 + 4 * cache_bytes(case.device.type) // max(case.bytes, 1))
         pairs = itertools.cycle(copies(case, count))
         rivals = select(case.peers(), peers)
@@ -237,6 +237,12 @@ def head_of(case, kernel: str) -> dict:
         "backend": _registration.answering(kernel, case.device.type),
         "threads": torch.get_num_threads(),
     }
+
+
+def require(holds, what: str) -> None:
+    """An assertion that ``python -O`` keeps: what fails it gets no speed."""
+    if not holds:
+        raise AssertionError(what)
 
 
 def failure(error: Exception) -> dict:

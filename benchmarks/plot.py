@@ -175,8 +175,13 @@ def roofline(results: dict, path: Path) -> bool:
     return True
 
 
+def has_heads(source: Path) -> bool:
+    """Whether a results file has what :func:`speed_up` draws."""
+    return any(row["op"] == "head" and row.get("peers") for row in json.loads(source.read_text())["results"])
+
+
 def main(argv: list[str]) -> None:
-    source = Path(argv[0]) if argv else next(iter(sorted((FOLDER / "results").glob("*.json"))), None)
+    source = Path(argv[0]) if argv else next(filter(has_heads, sorted((FOLDER / "results").glob("*.json"))), None)
     if source is None or not source.exists():
         sys.exit(f"benchmarks.plot: no results file{'' if source is None else f' {source}'}; bench --json writes one")
     path = Path(argv[1]) if len(argv) > 1 else FOLDER.parent / "docs" / "speedup.png"

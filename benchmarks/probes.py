@@ -16,7 +16,7 @@ from fmkernels.ops.probe import PROBES
 
 from . import peers
 from .head import CHECKED_ROWS, DTYPES, SIZES, close
-from .measure import Case
+from .measure import Case, require
 
 
 class Probe(Case):
@@ -57,7 +57,7 @@ class Probe(Case):
         for first in {0, self.rows - count}:
             size = (count, self.columns, PROBES["rademacher"], 1, 0, first)
             (expected,) = _registration.references["probe"](b.key, *size, self.dtype)
-            assert torch.equal(b.z[0, first : first + count], expected), "signs: other than the reference's"
+            require(torch.equal(b.z[0, first : first + count], expected), "signs: other than the reference's")
 
 
 def dot(z, values):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -10,6 +11,8 @@ import re
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from fmkernels import _info, _registration
 from . import conditional_flow, head, likelihood, marginal, peers, probes, sampling, solvers
 from .compare import SCHEMA, compare, load
 from .machine import Machine
-from .measure import SHORT, family, measure, short
+from .measure import SHORT, failure, family, measure, short
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -61,6 +64,39 @@ def device(text: str) -> torch.device:
     return torch.device(text)
 
 
+def number(low: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number of at least {low:g}, got {text}")
+        return value
+
+    return parse
+
+
+def count_of_threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an int of at least 1, got {text}")
+    return int(text)
+
+
+def peers_of(text: str) -> list[str]:
+    found = one_of([*FAMILIES, "none"])(text)
+    if "none" in found and len(found) > 1:
+        raise argparse.ArgumentTypeError(f"expected peers or none, got {text!r}")
+    return found
+
+
+def refuse_unwritable(path: Path) -> None:
+    """OSError before anything is measured rather than after."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.exists()
+    with path.open("a"):
+        pass
+    if not there:
+        path.unlink()
+
+
 def parser(prog: str | None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog=prog,
@@ -74,12 +110,10 @@ def parser(prog: str | None) -> argparse.ArgumentParser:
     found.add_argument("--op", type=one_of(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
     found.add_argument("--size", type=sizes, metavar="RxC", help="rows x columns, such as 256x784")
     found.add_argument("--dtype", type=dtypes, metavar="TYPE", help="fp32, bf16, fp16 or fp64; fp32,bf16 unless given")
-    found.add_argument(
-        "--peers", type=one_of([*FAMILIES, "none"]), metavar="PEER", help=f"of {', '.join(FAMILIES)}, or none"
-    )
+    found.add_argument("--peers", type=peers_of, metavar="PEER", help=f"of {', '.join(FAMILIES)}, or none")
     found.add_argument("--device", type=device, default=None, help="cpu or cuda; cuda where there is one")
-    found.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    found.add_argument("--seconds", type=float, help="time for the rounds of a case (default: 2; 0.5 with --quick)")
+    found.add_argument("--threads", type=count_of_threads, default=2, help="CPU threads (default: 2)")
+    found.add_argument("--seconds", type=number(0), help="time for the rounds of a case (default: 2; 0.5 with --quick)")
     found.add_argument(
         "--json", nargs="?", const="", metavar="FILE", help="write the results; without FILE to benchmarks/results"
     )
@@ -91,8 +125,8 @@ def parser(prog: str | None) -> argparse.ArgumentParser:
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two result files; measure nothing"
     )
     found.add_argument(
-        "--fail-on-regression", type=float, metavar="PERCENT", help="with --compare: exit status 1 where something is "
-        "slower by more than this, and beyond the spread",
+        "--fail-on-regression", type=number(0), metavar="PERCENT", help="with --compare: exit status 1 where something "
+        "is slower by more than this, and beyond the spread",
     )  # fmt: skip
     return found
 
@@ -130,23 +164,31 @@ class Session:
         self.bar = bar(len(self.cases))
         self.rows: list[dict] = []
         self.path = None  # of the results
+        self.unwritten: OSError | None = None
         if options.json is not None:
             default = FOLDER / "results" / f"{slug(where.type)}.json"
             self.path = Path(options.json) if options.json else default
-            self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def measure(self, case, **how) -> dict:
         """Measure a case, keep its row, write what there is so far, and say so."""
         if self.bar is not None:
             self.bar.set_description_str(str(case))
-        if isinstance(case, (solvers.SolverCase, likelihood.LikelihoodCase)):
-            row = case.measure(self.peers, self.seconds)
-        else:
-            row = measure(case, self.peers, self.seconds, **how)
+        try:
+            if isinstance(case, (solvers.SolverCase, likelihood.LikelihoodCase)):
+                row = case.measure(self.peers, self.seconds)
+            else:
+                row = measure(case, self.peers, self.seconds, **how)
+        except Exception as error:  # of a peer, perhaps: the other cases are measured all the same
+            traceback.print_exc()
+            dtype = str(case.dtype).removeprefix("torch.")
+            row = {"op": case.op, "size": case.size, "dtype": dtype, "device": case.device.type} | failure(error)
         row["pause_s"] = self.machine.pause()
         self.rows.append(row)
         if self.path:
-            self.path.write_text(json.dumps(document(self), indent=1, ensure_ascii=False) + "\n")
+            try:
+                self.path.write_text(json.dumps(document(self), indent=1, ensure_ascii=False) + "\n")
+            except OSError as error:  # a full disk: what is measured is still shown
+                self.unwritten = error
         spent = time.perf_counter() - self.machine.started
         left = spent / len(self.rows) * (len(self.cases) - len(self.rows))
         place = f"[{len(self.rows)}/{len(self.cases)}, {clock(left)} left]"
@@ -309,12 +351,14 @@ def document(session: Session) -> dict:
     }
 
 
-def run(session: Session) -> None:
-    """Every case, under pytest-benchmark where it is installed and in a plain loop elsewhere."""
-    if importlib.util.find_spec("pytest_benchmark") is None:
-        for case in session.cases:
-            session.measure(case)
-        return
+def run(session: Session) -> bool:
+    """Every case, under pytest-benchmark where it is installed and in a plain loop elsewhere; False if interrupted."""
+    if any(importlib.util.find_spec(name) is None for name in ("pytest", "pytest_benchmark")):
+        with contextlib.suppress(KeyboardInterrupt):
+            for case in session.cases:
+                session.measure(case)
+            return True
+        return False
     import pytest
 
     from . import conftest
@@ -322,47 +366,88 @@ def run(session: Session) -> None:
     conftest.chosen = session
     arguments = [str(FOLDER), "-s", "-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:xdist"]
     status = pytest.main([*arguments, "--benchmark-quiet", "--rootdir", str(FOLDER.parent)])
+    if status == pytest.ExitCode.INTERRUPTED:
+        return False
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or len(session.rows) < len(session.cases):
         done = f"{len(session.rows)} of {len(session.cases)} cases"
         raise SystemExit(f"fmkernels: pytest stopped with {status!r} after {done}; see pytest benchmarks")
+    return True
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     options = parser(prog).parse_args(argv)
+    chosen = [f"--{name}" for name in ("quick", "op", "size", "dtype", "peers") if getattr(options, name)]
+    for name, alone in (("compare", options.compare), ("from", options.source)):
+        if alone and chosen:
+            parser(prog).error(f"--{name}: measures nothing and chooses nothing; expected it without {chosen[0]}")
     if options.compare:
         return compare(*options.compare, options.fail_on_regression)
     if options.fail_on_regression is not None:
         parser(prog).error("--fail-on-regression: expected with --compare OLD NEW")
+    plots = Path(options.plot or "out") if options.plot or options.source else None
+    if plots is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            parser(prog).error("--plot: expected matplotlib to be installed (pip install matplotlib), found none")
+        try:
+            refuse_unwritable(plots / "roofline.png")
+        except OSError as error:
+            parser(prog).error(f"--plot: expected a folder that can be written, got {plots}: {error.strerror}")
     if options.source:
-        return draw(load(options.source), options.plot or "out")
+        return draw(load(options.source), plots)
     session = Session(options)
     if not session.cases:
         parser(prog).error("no case is of that op, size and device")
+    if session.path:
+        try:
+            refuse_unwritable(session.path)
+        except OSError as error:
+            parser(prog).error(f"--json: expected a file that can be written, got {session.path}: {error.strerror}")
+        others = dropped(session) if not options.json else 0
+        if others:
+            parser(prog).error(
+                f"--json: {session.path} has {others} cases that this run does not measure and would drop; name a file"
+            )
     wait = guess(session)
     hint = "; --quick is shorter" if wait > 300 and not options.quick else ""
     print(f"{_info.device_name(session.device.type)}: {len(session.cases)} to measure, some {clock(wait)}{hint}")
-    run(session)
+    whole = run(session)
     if session.bar is not None:
         session.bar.close()
     show(session.rows)
-    if session.path:
+    met = {family(peer) for row in session.rows for peer in row.get("peers", {})}
+    for name in options.peers or ():
+        if name != "none" and name not in met:
+            print(f"note: no case was measured beside {name}: none of these ops has it, or it is not installed")
+    if session.path and session.rows and not session.unwritten:
         print(f"written: {session.path}")
+    if not whole:
+        print(f"fmkernels: interrupted after {len(session.rows)} of {len(session.cases)} cases", file=sys.stderr)
+        return 130
+    if session.unwritten:
+        print(f"fmkernels: --json: {session.path} could not be written: {session.unwritten}", file=sys.stderr)
+        return 2
     if options.plot:
-        draw(document(session), options.plot)
+        draw(document(session), plots)
     for text in session.machine.report()["warnings"]:
         print(f"warning: the machine is noisy: {text}")
     return int(any("error" in row for row in session.rows))
 
 
-def draw(results: dict, folder: str) -> int:
-    """The pictures of results, where there is anything to draw them with."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("fmkernels: --plot needs matplotlib (pip install matplotlib)")
-        return 2
+def dropped(session: Session) -> int:
+    """How many cases of the committed file of this device a run would lose."""
+    if not session.path.exists():
+        return 0
+    key = "op", "size", "dtype"
+    kept = {(case.op, case.size, str(case.dtype).removeprefix("torch.")) for case in session.cases}
+    return len({tuple(row[name] for name in key) for row in load(session.path)["results"]} - kept)
+
+
+def draw(results: dict, folder: Path) -> int:
+    """The pictures of results."""
     from . import plot
 
     for picture in (plot.roofline, plot.speed_ups):
-        path = Path(folder) / plot.FILES[picture.__name__]
+        path = folder / plot.FILES[picture.__name__]
         if picture(results, path):
             print(f"written: {path}")
     return 0

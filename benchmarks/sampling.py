@@ -25,7 +25,7 @@ from fmkernels.solvers.tableaus import ADAPTIVE
 
 from . import peers
 from .head import DTYPES, SIZES, close
-from .measure import Case
+from .measure import Case, require
 
 H, SCALE, RESCALE = 0.02, 7.5, 0.7
 
@@ -173,7 +173,7 @@ class RungeKuttaStep(Case):
         close(b.k_first, k_first, self.dtype)
         close(b.control[T], t, torch.float64)
         close(b.control[T_NEXT], t_next, torch.float64)
-        assert (b.counters[ACCEPTED] == 1).all(), "accepted: expected a step of every row"
+        require((b.counters[ACCEPTED] == 1).all(), "accepted: expected a step of every row")
 
 
 OPS = {case.op: case for case in (GuidedEuler, GuidedEulerRescaled, RungeKuttaStage, RungeKuttaStep)}

@@ -282,7 +282,8 @@ def provenance(document: dict, peers: Iterable[str] = HEAD_PEERS) -> str:
     parts = [f"{name} {versions[name]}" for name in ("python", "torch", "triton", *peers) if versions.get(name)]
     parts += [f"compiled by {document['build']['compiler']}"] if document["build"].get("compiler") else []
     parts += [f"commit {document['commit']}"] if document.get("commit") else []
-    return f"**{document['device']}.** {', '.join(parts)}."
+    noisy = document.get("machine", {}).get("warnings")
+    return f"**{document['device']}.** {', '.join(parts)}." + (f" Noisy: {'; '.join(noisy)}." if noisy else "")
 
 
 def ratio(figures: dict | None, name: str = "ratio") -> str:

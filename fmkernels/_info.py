@@ -73,15 +73,20 @@ def backends() -> dict[str, dict[str, str]]:
     }
 
 
-def unwritable_caches() -> list[str]:
-    """What keeps Triton and torch.compile from storing what they compile. fmkernels itself writes nothing."""
+def inductor_cache() -> Path:
+    """Where torch.compile stores what it compiles unless told otherwise."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user without an entry and without a name in the environment
         user = "user"
+    return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+
+
+def unwritable_caches() -> list[str]:
+    """What keeps Triton and torch.compile from storing what they compile. fmkernels itself writes nothing."""
     folders = {
         "TRITON_CACHE_DIR": ("Triton", Path.home() / ".triton" / "cache"),
-        "TORCHINDUCTOR_CACHE_DIR": ("torch.compile", Path(tempfile.gettempdir()) / f"torchinductor_{user}"),
+        "TORCHINDUCTOR_CACHE_DIR": ("torch.compile", inductor_cache()),
     }
     found = []
     for variable, (tool, default) in folders.items():
@@ -94,7 +99,8 @@ def unwritable_caches() -> list[str]:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """A table, by rich on a terminal and as plain aligned text elsewhere; the first ``left`` columns align left."""
-    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
+    # A dumb terminal is 80 columns wide to rich, whatever is asked of it.
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and importlib.util.find_spec("rich"):
         from rich import box
         from rich.console import Console
         from rich.table import Table

@@ -54,7 +54,7 @@ nothing = contextlib.nullcontext
 
 def backend() -> str:
     """The backend asked for by FMK_BACKEND: "auto" unless set."""
-    name = os.environ.get("FMK_BACKEND", "auto")
+    name = os.environ.get("FMK_BACKEND") or "auto"
     if name not in BACKENDS:
         raise ValueError(f"FMK_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -110,6 +110,13 @@ def outside_of_modes() -> Iterator[None]:
 def eager() -> bool:
     """Whether plain eager execution is under way: not compiling, tracing or transforming."""
     return not (torch.compiler.is_compiling() or torch._C._is_tracing()) and not transforming()
+
+
+def clamp_time(t: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """t within [low, high], of derivative 1 at both ends too, where torch.clamp's is 0 from torch 2.14 on."""
+    if eager() and not t.requires_grad:
+        return t.clamp(low, high)
+    return torch.where(t < low, low, torch.where(t > high, high, t))
 
 
 def requires_grad(*tensors: torch.Tensor | None) -> bool:

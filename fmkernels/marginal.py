@@ -156,7 +156,7 @@ class MarginalField(torch.nn.Module):
             self._check_density(float(t.detach().max()))
         if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
             raise ValueError(f"t: expected a number, or a tensor of shape [] or [{x.shape[0]}], got {list(t.shape)}")
-        t = t.to(x.device, torch.float64).expand(x.shape[0]).clamp(*self.t_range)
+        t = _registration.clamp_time(t.to(x.device, torch.float64).expand(x.shape[0]), *self.t_range)
         wide = torch.float64 if torch.float64 in (x.dtype, self.points.dtype) else torch.float32
         return x.reshape(x.shape[0], self.points.shape[1]).to(wide), self.points.to(wide), t
 

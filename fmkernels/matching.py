@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _checks
+from . import _checks, _registration
 from .distributions import Normal
 from .objectives import (
     NAMED,
@@ -306,7 +306,7 @@ class VelocityField(torch.nn.Module):
         dtype = torch.promote_types(t.dtype if t.is_floating_point() else dtype, dtype)
         if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
             raise ValueError(f"t: expected a scalar or shape [{x.shape[0]}], got {list(t.shape)}")
-        t = t.to(dtype).expand(x.shape[0]).clamp(*self.t_range)
+        t = _registration.clamp_time(t.to(dtype).expand(x.shape[0]), *self.t_range)
         objective = self.fm.objective
         if objective.prediction == "velocity":
             return self.model(x, t, **extras)

@@ -26,12 +26,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -303,6 +305,7 @@ class Findings:
 def serve(connection: Connection, job: Job) -> None:
     """In a process of its own: say what is missing, then every row, once when it begins and once when it ends."""
     warnings.simplefilter("ignore")
+    let_inductor_write()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch's own fresh memory with NaN too
     rows, why = job.answered(), "; ".join(_registration.problems)
     if rows or job.backend not in ("cpp", "cuda") or not _registration.library_path().exists():
@@ -320,6 +323,15 @@ def serve(connection: Connection, job: Job) -> None:
         except Exception as error:  # whatever a broken kernel raises, it is this row's alone
             found = replace(row, checked="stopped", problem=f"{type(error).__name__}: {error}")
         connection.send(replace(found, seconds=time.perf_counter() - started))
+
+
+def let_inductor_write() -> None:
+    """What follows makes torch's compiler make its cache folder: where it cannot, another."""
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _info.inductor_cache())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fmkernels-verify-")
 
 
 STARTING, STOP = threading.Lock(), threading.Event()  # STOP: the user has interrupted
@@ -341,6 +353,20 @@ def environment(changes: dict[str, str]) -> Iterator[None]:
                     os.environ[name] = value
 
 
+@contextlib.contextmanager
+def no_interrupts() -> Iterator[None]:
+    """For a process to inherit: an interrupt is the parent's, which ends its processes."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it for the first process would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def answers(connection: Connection) -> bool:
     """Whether something arrives in good time, and before the user interrupts."""
     deadline = time.monotonic() + PATIENCE
@@ -357,7 +383,7 @@ def run(job: Job, progress: Callable[[Row], None]) -> Findings:
     while left and not STOP.is_set():
         here, there = context.Pipe(duplex=False)
         process = context.Process(target=serve, args=(there, replace(job, rows=tuple(left))))
-        with environment(job.environment):
+        with environment(job.environment), no_interrupts():
             process.start()
         there.close()
         begun: Row | None = None
@@ -383,7 +409,7 @@ def run(job: Job, progress: Callable[[Row], None]) -> Findings:
         finally:
             process.kill()
             process.join()
-        if not problem:
+        if not problem or STOP.is_set():
             break
         failed = begun or replace(job.rows[0], op="start", dtype="")
         findings.rows.append(replace(failed, checked="stopped", problem=problem))
@@ -498,6 +524,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     options = parser(prog).parse_args(argv)
     if options.device and "cuda" in options.device and not torch.cuda.is_available():
         parser(prog).error("--device: torch finds no CUDA device here")
+    if options.json:
+        try:
+            with options.json.open("a"):
+                pass
+        except OSError as error:
+            parser(prog).error(f"--json: expected a file that can be written, got {options.json}: {error.strerror}")
     started = time.perf_counter()
     todo, missing = jobs(options)
     total, rows, seen = sum(len(job.rows) for job in todo), [], 0
@@ -511,13 +543,16 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
     STOP.clear()
     with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(run, job, progress) for job in todo]
         try:
-            for job, findings in zip(todo, pool.map(lambda job: run(job, progress), todo)):
-                rows += findings.rows
-                missing += [f"{job.backend} on {job.device}: {findings.missing}"] if findings.missing else []
+            wait(futures)
         except KeyboardInterrupt:
             STOP.set()
-            raise
+    for job, future in zip(todo, futures):
+        findings = future.result()
+        rows += findings.rows
+        missing += [f"{job.backend} on {job.device}: {findings.missing}"] if findings.missing else []
+    interrupted = STOP.is_set()
     progress(None)
     seconds = time.perf_counter() - started
 
@@ -538,8 +573,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     for text in missing:
         print(f"NOT CHECKED {text}")
     if options.json:
-        options.json.write_text(json.dumps(document(rows, missing, seconds), indent=1, ensure_ascii=False) + "\n")
+        found = document(rows, [*missing, *["what came after the interrupt"] * interrupted], seconds)
+        options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         print(f"written: {options.json}")
+    if interrupted:
+        print(f"fmkernels: interrupted after {len(rows)} of {total} rows", file=sys.stderr)
+        return 130
     if not rows:
         print("fmkernels: nothing was checked: what was asked for is not here", file=sys.stderr)
         return 2

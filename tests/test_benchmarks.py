@@ -444,6 +444,126 @@ def test_no_speed_for_an_op_that_fails_in_the_command(quick, monkeypatch, capsys
     assert "FAILED scale_gradient 4x4 float32: AssertionError" in printed and "GB/s" not in printed
 
 
+SMALL = ["--op", "noise", "--size", "4x4,8x8", "--dtype", "fp32", "--device", "cpu", "--seconds", "0"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_case_that_raises_is_a_failure_of_its_own(plain, quick, monkeypatch, tmp_path, capsys):
+    """A broken peer, say: the other cases are measured, shown and written all the same."""
+    if plain:
+        monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+
+    def broken(self):
+        if self.rows == 4:
+            raise RuntimeError("this peer is broken")
+        return {}
+
+    monkeypatch.setattr(head.Noise, "peers", broken)
+    path = tmp_path / "results.json"
+    assert run.main([*SMALL, "--json", str(path)]) == 1
+    said = capsys.readouterr()
+    assert "FAILED noise 4x4 float32: RuntimeError: this peer is broken" in said.out and "Traceback" in said.err
+    assert "  noise  8x8   fp32" in said.out
+    assert ["error" in row for row in json.loads(path.read_text())["results"]] == [True, False]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_interrupt_keeps_what_is_measured(plain, quick, monkeypatch, tmp_path, capsys):
+    if plain:
+        monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    verify = head.Noise.verify
+
+    def interrupted(self, b):
+        if self.rows == 8:
+            raise KeyboardInterrupt
+        verify(self, b)
+
+    monkeypatch.setattr(head.Noise, "verify", interrupted)
+    path = tmp_path / "results.json"
+    assert run.main([*SMALL, "--json", str(path)]) == 130
+    said = capsys.readouterr()
+    assert "interrupted after 1 of 2 cases" in said.err
+    assert f"written: {path}" in said.out and "  noise  4x4   fp32" in said.out
+    assert [row["size"] for row in json.loads(path.read_text())["results"]] == ["4x4"]
+
+
+def test_what_cannot_be_written_is_found_before_anything_is_measured(quick, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "run", lambda session: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    for option, value in (("--json", tmp_path), ("--json", tmp_path / "file" / "x"), ("--plot", tmp_path / "file")):
+        with pytest.raises(SystemExit) as stopped:
+            run.main([*SMALL, option, str(value)])
+        assert stopped.value.code == 2
+        assert f"{option}: expected a f" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run.main([*SMALL, "--plot", str(tmp_path / "plots")])
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_said(quick, monkeypatch, tmp_path, capsys):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "results.json").symlink_to(full)
+    assert run.main([*SMALL, "--json", str(tmp_path / "results.json")]) == 2
+    said = capsys.readouterr()
+    assert "could not be written: [Errno 28]" in said.err and "written:" not in said.out and "8x8" in said.out
+
+
+def test_the_committed_file_of_a_device_is_not_cut_short(quick, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    monkeypatch.setattr(run, "slug", lambda device: "here")
+    path = tmp_path / "results" / "here.json"
+    path.parent.mkdir()
+    rows = [{"op": "noise", "size": size, "dtype": "float32"} for size in ("4x4", "9x9")]
+    path.write_text(json.dumps({"device": "a device", "results": rows}))
+    with pytest.raises(SystemExit):
+        run.main([*SMALL, "--json"])
+    assert "has 1 cases that this run does not measure and would drop; name a file" in capsys.readouterr().err
+    assert json.loads(path.read_text())["results"] == rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--threads", "0"],
+        ["--seconds", "nan"],
+        ["--seconds", "-1"],
+        ["--peers", "eager,none"],
+        ["--compare", "a", "b", "--op", "noise"],
+        ["--from", "a", "--quick"],
+        ["--compare", "a", "b", "--fail-on-regression", "-5"],
+    ],
+)
+def test_bad_options_of_the_command(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(options)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "expected" in said
+
+
+def test_a_peer_that_no_case_has_is_named(quick, capsys):
+    assert run.main([*SMALL, "--peers", "torchdiffeq"]) == 0
+    assert "note: no case was measured beside torchdiffeq" in capsys.readouterr().out
+
+
+def test_checks_hold_without_assertions(tmp_path):
+    """python -O leaves out what is written as an assert, but no check of the benchmark's."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import fmkernels as fmk
+from benchmarks import run
+right = fmk.ops.probe
+fmk.ops.probe = lambda *a, **k: -right(*a, **k)
+sys.exit(run.main(["--op", "probe", "--size", "4x8", "--dtype", "fp32", "--peers", "none", "--seconds", "0"]))
+"""
+    done = subprocess.run([sys.executable, "-O", "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "FAILED probe 4x8" in done.stdout, done.stdout + done.stderr
+
+
 def test_peers_that_are_not_installed_are_left_out(quick, monkeypatch):
     missing = {"torchcfm", "flow_matching", "torchdiffeq", "torchode"}
     for name in [name for name in sys.modules if name.split(".")[0] in missing] + sorted(missing):

@@ -1,5 +1,6 @@
 """The command line: python -m fmkernels info | verify | bench | demo."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,18 @@ def test_help_names_every_command(capsys):
     assert exit.value.code == 0
     printed = capsys.readouterr().out
     assert all(f"  {name}" in printed for name in ("info", "verify", "bench", "demo"))
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away():
+    command = f"{sys.executable} -m fmkernels info | head -n 1"
+    environment = {**os.environ, "PYTHONPATH": str(cli.ROOT)}
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+    assert done.stdout == "Versions\n" and done.stderr == ""
 
 
 def test_unknown_command_is_an_error(capsys):

@@ -4,12 +4,19 @@ import dataclasses
 import inspect
 import math
 
-import flow_matching.path as their_path
-import flow_matching.path.scheduler as their_scheduler
-import flow_matching.solver as their_solver
 import pytest
 import torch
-from paired import NAMES, fails_alike, pair, pair_of_classes, same, scheduled
+from paired import (
+    NAMES,
+    fails_alike,
+    pair,
+    pair_of_classes,
+    same,
+    scheduled,
+    their_path,
+    their_scheduler,
+    their_solver,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmkernels.integrations import flow_matching as ours

@@ -2,10 +2,9 @@
 
 from functools import partial
 
-import flow_matching.solver as their_solver
 import pytest
 import torch
-from paired import fails_alike, pair, pair_of_classes, same, scheduled
+from paired import fails_alike, pair, pair_of_classes, same, scheduled, their_solver
 
 from fmkernels.integrations import _flow_matching_solver as ours_solver
 from fmkernels.integrations import flow_matching as ours

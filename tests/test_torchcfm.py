@@ -14,10 +14,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torchcfm.conditional_flow_matching as theirs
-import torchcfm.optimal_transport as their_plans
 
 import fmkernels.integrations.torchcfm as ours
+
+pytest.importorskip("ot")
+theirs = pytest.importorskip("torchcfm.conditional_flow_matching")
+their_plans = pytest.importorskip("torchcfm.optimal_transport")
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 MATCHERS = {  # a matcher of either module

@@ -35,6 +35,35 @@ def stored_gradient(loss):
     return loss.grad_fn.saved_tensors[-1]
 
 
+def test_derivatives_in_time_do_not_vanish_at_the_ends():
+    """torch.clamp's are 0 there from torch 2.14 on."""
+    data = torch.tensor([[0.3, -0.7], [1.1, 0.4]], dtype=torch.float64)
+    exact = fmk.MarginalField(data, fmk.CondOT(0.2))
+    x = data + 0.1
+    field = fmk.FlowMatching(fmk.Cosine(), prediction="data").velocity(lambda x, t: x * t[:, None])
+    fm = fmk.FlowMatching(fmk.CondOT(0.2))
+    key, x0 = torch.tensor([3]), torch.randn(2, 2, dtype=torch.float64)
+    calls = {
+        "log_prob": lambda t: exact.log_prob(t, x),
+        "velocity": lambda t: exact(t, x),
+        "data": lambda t: field(t, x),
+        "x_t": lambda t: fm.sample(data, x0, t, key).x_t,
+    }
+    for name, call in calls.items():
+        for end, within in ((0.0, 1e-7), (1.0, 1 - 1e-7)):
+            if name == "data" and end == 1.0:
+                continue  # its field ends before
+            found = []
+            for t in (end, within):
+                t = torch.full((2,), t, dtype=torch.float64, requires_grad=True)
+                (of_back,) = torch.autograd.grad(call(t).sum(), t)
+                of_forward = torch.func.jvp(call, (t.detach(),), (torch.ones(2, dtype=torch.float64),))[1]
+                torch.testing.assert_close(of_forward.reshape(2, -1).sum(1), of_back)
+                found.append(of_back)
+            assert found[0].abs().max() > 1e-3, name
+            torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_retain_graph_twice_with_different_scales(device):
     fm, batch, prediction = head(device)
     loss = fm.loss(prediction, batch)

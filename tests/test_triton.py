@@ -380,8 +380,9 @@ def check_width(compiled, launch, dtype, read, written):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_variants_compile(name, launches, tmp_path):
+    stack = 16 if "step" in name else 32 if name == "marginal" else 0  # of the latter since Triton 3.8: eight numbers
     for launch in launches(MORE[name]):
-        used = resources(launch.compile(90), tmp_path, stack=16 * ("step" in name))
+        used = resources(launch.compile(90), tmp_path, stack)
         print(f"\n{name:25} {launch.kernel.__name__:22} {used['REG']} registers", end="")
 
 

@@ -3,7 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from fmkernels.verification import Job, Row, check_op, check_piece, main, run, w
 
 # Interpreted kernels take their time by the launch, and the command starts processes with backends of their own.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="verify --interpret is the command")
+ROOT = Path(__file__).parent.parent
 HERE = _registration.answering("noise", "cpu")
 
 
@@ -183,6 +188,61 @@ def test_exit_status(options, of_cpp, status, said, plain_environment, monkeypat
     monkeypatch.setattr(verification, "run", lambda job, progress: findings[job.backend])
     assert main([*options, "--op", "noise", "--dtype", "fp32", "--device", "cpu"]) == status
     assert said in capsys.readouterr().out
+
+
+def test_an_interrupt_shows_what_was_found(plain_environment, monkeypatch, tmp_path, capsys):
+    def interrupted(futures):
+        while not futures[0].done():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    def of(job, progress):
+        while job.backend != "reference" and not verification.STOP.is_set():
+            time.sleep(0.01)
+        return verification.Findings([RIGHT] if job.backend == "reference" else [])
+
+    monkeypatch.setattr(verification, "run", of)
+    monkeypatch.setattr(verification, "wait", interrupted)
+    path = tmp_path / "found.json"
+    arguments = ["--op", "noise", "--dtype", "fp32", "--device", "cpu", "--backend", "reference,cpp"]
+    assert main([*arguments, "--json", str(path)]) == 130
+    said = capsys.readouterr()
+    assert "interrupted after 1 of 2 rows" in said.err and "reference on cpu" in said.out
+    assert "what came after the interrupt" in json.loads(path.read_text())["not_checked"]
+
+
+def test_an_interrupt_ends_every_process(plain_environment):
+    command = [sys.executable, "-m", "fmkernels", "verify"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
+    )
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), errors  # the latter where it has not got beyond its imports
+    assert process.returncode != 130 or ("Traceback" not in errors and "FAIL" not in printed), printed + errors
+    with pytest.raises(
+        ProcessLookupError
+    ):  # soon: multiprocessing's own process ends when it sees that the others have
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_a_result_that_cannot_be_written_is_found_first(plain_environment, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(verification, "run", lambda job, progress: pytest.fail("checked"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--json", str(tmp_path / "nowhere" / "found.json")])
+    assert stopped.value.code == 2 and "--json: expected a file that can be written" in capsys.readouterr().err
+
+
+def test_a_compiler_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    verification.let_inductor_write()
+    made = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert made.is_dir() and made.name.startswith("fmkernels-verify-")
+    made.rmdir()
 
 
 class Sent(list):

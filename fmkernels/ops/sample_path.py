@@ -171,7 +171,8 @@ def call(x1, x0, t, key, schedule, timesteps, arguments, t_dims, first_row, tota
         t = draw_times(key, x1, dims, row, strata, timesteps, *schedule.t_range)
     if t is not None and (custom or t.requires_grad or _registration.transforming()):
         low, high = schedule.t_range
-        coefficients = torch.stack(schedule.coefficients(t.to(time_dtype(x1, t)).clamp(low, high)), dim=-1)
+        inside = _registration.clamp_time(t.to(time_dtype(x1, t)), low, high)
+        coefficients = torch.stack(schedule.coefficients(inside), dim=-1)
     inputs = (x1, x0, t, coefficients, key, row, strata, dims, *arguments, bits)
     if _registration.eager() and not _registration.requires_grad(x1, x0, t, coefficients):
         with _registration.below_autograd():  # what the Autograd-key kernel would decide, without its cost
@@ -247,7 +248,7 @@ def sample_path_reference(
         t = draw_times(key, x1, t_dims, first_row, strata, timesteps, t_low, t_high)
     t = t.to(time_dtype(x1, t))
     if coefficients is None:
-        v = _rebuild_schedule(schedule, s0, s1).coefficients(t.clamp(t_low, t_high))
+        v = _rebuild_schedule(schedule, s0, s1).coefficients(_registration.clamp_time(t, t_low, t_high))
     else:
         v = Coefficients(*coefficients.unbind(-1))
     table, scale = objective_table(t, v, prediction, compare, o0, weight, weight_k)
