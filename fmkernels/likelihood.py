@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, overload
 
 import torch
 
@@ -60,6 +60,34 @@ class LogProb:
         """This result, or a RuntimeError that says which rows did not reach their end and why."""
         raise_for_status(self.status)
         return self
+
+
+@overload
+def divergence(
+    f: Callable[..., Any],
+    t: float | torch.Tensor,
+    x: torch.Tensor,
+    estimator: Exact | Hutchinson | Deflated = ...,
+    *,
+    key: torch.Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    first_row: int = ...,
+    return_stderr: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def divergence(
+    f: Callable[..., Any],
+    t: float | torch.Tensor,
+    x: torch.Tensor,
+    estimator: Exact | Hutchinson | Deflated = ...,
+    *,
+    key: torch.Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    first_row: int = ...,
+    return_stderr: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def divergence(
@@ -268,7 +296,7 @@ def follow(
         y = torch.cat([x.reshape(B, D), x.new_zeros(B, field.estimates)], 1)
         solution = solve(augmented, y, (start, end), times, **solver)
         along: torch.Tensor | None = None
-        y = cast(torch.Tensor, solution.y)
+        y = solution.y
         if place is not None:
             y = y[torch.arange(B, device=x.device).unsqueeze(1), place]
             y, along = y[:, -1], y[:, :-1]

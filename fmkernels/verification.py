@@ -474,7 +474,11 @@ def jobs(options: argparse.Namespace) -> tuple[list[Job], list[str]]:
     for device in devices:
         for backend in BACKENDS[device]:
             interpreted = device == "cpu" and backend == "triton"
-            if (chosen is not None and backend not in chosen) or (interpreted and not interpret):
+            if chosen is not None and backend not in chosen:
+                continue
+            if interpreted and not interpret:
+                if chosen is not None:
+                    missing.append("triton on cpu: interpreted alone, with --interpret")
                 continue
             if backend == "triton" and importlib.util.find_spec("triton") is None:
                 missing.append(f"triton on {device}: triton is not installed (pip install triton)")
@@ -532,6 +536,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             parser(prog).error(f"--json: expected a file that can be written, got {options.json}: {error.strerror}")
     started = time.perf_counter()
     todo, missing = jobs(options)
+    if options.op and options.dtype and not any(job.rows for job in todo) and todo:
+        has = "; ".join(f"{name} has {', '.join(EVERYTHING[name].dtypes)}" for name in options.op)
+        parser(prog).error(f"--dtype: expected one that what is asked for has, got {','.join(options.dtype)}: {has}")
     total, rows, seen = sum(len(job.rows) for job in todo), [], 0
 
     def progress(row: Row | None) -> None:

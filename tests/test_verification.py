@@ -297,3 +297,12 @@ def test_bad_options_name_what_there_is(options, monkeypatch, capsys):
         main(options)
     assert exit.value.code == 2
     assert options[0] in capsys.readouterr().err
+
+
+def test_a_dtype_that_an_op_has_not_and_a_backend_that_is_interpreted_alone(plain_environment, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--op", "marginal_field", "--dtype", "bf16"])
+    assert "marginal_field has fp32, fp64" in capsys.readouterr().err
+    assert main(["--op", "noise", "--backend", "triton"]) == 2
+    assert "NOT CHECKED triton on cpu: interpreted alone, with --interpret" in capsys.readouterr().out

@@ -17,16 +17,19 @@ def train(model: torch.nn.Module, x1: torch.Tensor) -> torch.Tensor:
 
 def sample(fm: fmk.FlowMatching, model: torch.nn.Module, noise: torch.Tensor) -> torch.Tensor:
     field = fm.velocity(model)
-    solution = assert_type(fmk.solve(field, noise, field.t_range, method="tsit5", rtol=1e-4), fmk.Solution)
+    solution = fmk.solve(field, noise, field.t_range, method="tsit5", rtol=1e-4)
+    assert_type(solution, fmk.Solution[torch.Tensor])
     assert_type(solution.nfe, torch.Tensor)
-    y = solution.raise_for_status().y
-    assert_type(y, torch.Tensor | tuple[torch.Tensor, ...])
-    return y if isinstance(y, torch.Tensor) else y[0]
+    pair = fmk.solve(lambda t, y: (y[1], -y[0]), (noise, noise), steps=2, method="euler")
+    assert_type(pair.y, tuple[torch.Tensor, ...])
+    return assert_type(solution.raise_for_status().y, torch.Tensor)
 
 
 def score(fm: fmk.FlowMatching, model: torch.nn.Module, x1: torch.Tensor) -> torch.Tensor:
     scored = fmk.log_prob(fm.velocity(model), x1, divergence=fmk.Hutchinson(probes=2), t_eval=[0.5])
     assert_type(scored, fmk.LogProb)
+    assert_type(fmk.divergence(fm.velocity(model), 0.5, x1), torch.Tensor)
+    assert_type(fmk.divergence(fm.velocity(model), 0.5, x1, return_stderr=True), tuple[torch.Tensor, torch.Tensor])
     return assert_type(fmk.bits_per_dim(scored.log_prob, dims=x1[0].numel(), bits=8), torch.Tensor)
 
 

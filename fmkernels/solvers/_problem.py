@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 
@@ -14,8 +15,11 @@ from ._state import State
 STATUSES = {-1: "running", 0: "done", 1: "reached max_steps", 2: "step size underflow", 3: "non-finite"}
 
 
+Y = TypeVar("Y", torch.Tensor, tuple[torch.Tensor, ...])  # a state
+
+
 @dataclass(frozen=True)
-class Solution:
+class Solution(Generic[Y]):
     """What :func:`solve` returns; B rows, one for each sample.
 
     Attributes:
@@ -29,7 +33,7 @@ class Solution:
             unless ``record_steps`` or ``dense``.
     """
 
-    y: torch.Tensor | tuple[torch.Tensor, ...]
+    y: Y
     t: torch.Tensor
     status: torch.Tensor
     nfe: torch.Tensor
@@ -37,9 +41,9 @@ class Solution:
     rejected: torch.Tensor
     calls: int
     steps: torch.Tensor | None = None
-    _dense: Callable | None = field(default=None, repr=False)
+    _dense: Callable[..., Y] | None = field(default=None, repr=False)
 
-    def __call__(self, t: float | torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def __call__(self, t: float | torch.Tensor) -> Y:
         """The solution at time t, a number or [B], by the method's interpolant: [B, …]; NaN beyond what a row covered.
 
         Needs ``solve(..., dense=True)``.
@@ -48,7 +52,7 @@ class Solution:
             raise ValueError("dense: expected solve(..., dense=True) for a solution that is called, got dense=False")
         return self._dense(t)
 
-    def raise_for_status(self) -> Solution:
+    def raise_for_status(self) -> Solution[Y]:
         """This solution, or a RuntimeError that says which rows did not reach their end and why."""
         raise_for_status(self.status)
         return self

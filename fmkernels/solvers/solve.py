@@ -14,7 +14,7 @@ from ._adaptive import AdaptiveSolve
 from ._fixed import solve_fixed
 from ._integrator import refuse_vmap
 from ._plan import plan, settings_tensor
-from ._problem import Problem, Solution, tolerance
+from ._problem import Problem, Solution, Y, tolerance
 from .tableaus import ADAPTIVE, FIXED
 
 __all__ = ["PID", "Solution", "solve"]
@@ -56,7 +56,7 @@ CONTROLLERS = {"I": PID(), "PI": PID(0.4, 0.3), "PID": PID(1 / 18, 1 / 9, 1 / 18
 
 def solve(
     f: Callable[..., Any],
-    y0: torch.Tensor | tuple[torch.Tensor, ...],
+    y0: Y,
     t_span: torch.Tensor | Sequence[float | torch.Tensor] = (0.0, 1.0),
     t_eval: torch.Tensor | Sequence[float] | None = None,
     method: str = "dopri5",
@@ -77,7 +77,7 @@ def solve(
     norm_columns: int | None = None,
     progress: bool = False,
     cuda_graph: bool = False,
-) -> Solution:
+) -> Solution[Y]:
     r"""Solve dy_b/dt = f(t, y)_b for every sample b of a batch, each with its own step size, times and end.
 
     An adaptive method takes a step of every unfinished row at once. Row b's step is accepted where
