@@ -90,11 +90,7 @@ def peers_of(text: str) -> list[str]:
 def refuse_unwritable(path: Path) -> None:
     """OSError before anything is measured rather than after."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    there = path.exists()
-    with path.open("a"):
-        pass
-    if not there:
-        path.unlink()
+    _info.refuse_unwritable(path)
 
 
 def parser(prog: str | None) -> argparse.ArgumentParser:

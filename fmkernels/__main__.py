@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     options = parser.parse_args(argv)
     try:
-        return COMMANDS[options.command][0](options.arguments)
+        status = COMMANDS[options.command][0](options.arguments)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # of `… | head`; Python would complain once more when it closes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

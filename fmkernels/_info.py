@@ -97,6 +97,15 @@ def unwritable_caches() -> list[str]:
     return found
 
 
+def refuse_unwritable(path: Path) -> None:
+    """OSError where a file cannot be written, before the work whose results it is to hold."""
+    there = path.exists()
+    with path.open("a"):
+        pass
+    if not there:
+        path.unlink()
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """A table, by rich on a terminal and as plain aligned text elsewhere; the first ``left`` columns align left."""
     # A dumb terminal is 80 columns wide to rich, whatever is asked of it.

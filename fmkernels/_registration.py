@@ -26,6 +26,9 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
     peek_interpreter_stack,
 )
@@ -95,9 +98,24 @@ def transforming() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def vmapping() -> bool:
-    """Whether one of the active functorch transforms is vmap."""
-    return any(one.key() == TransformType.Vmap for one in get_interpreter_stack() or ())
+def within_torch_func() -> bool:
+    """Whether a functorch transform is active."""
+    return peek_interpreter_stack() is not None
+
+
+def only_grad() -> bool:
+    """Whether every active transform is of reverse mode, such as torch.func.grad."""
+    stack = get_interpreter_stack() or ()
+    return forward_ad._current_level < 0 and all(one.key() == TransformType.Grad for one in stack)
+
+
+def batched(tensor: torch.Tensor) -> bool:
+    """Whether vmap maps over a tensor."""
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
+            return True
+        tensor = get_unwrapped(tensor)
+    return False
 
 
 @contextlib.contextmanager

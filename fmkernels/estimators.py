@@ -220,6 +220,8 @@ class VelocityAndDivergence:
             self.directions = estimator.directions(x, key, first_row)
         self.estimates = self.directions.estimates
         mode = FASTER_MODE.get(x.device.type, "reverse") if estimator.mode == "auto" else estimator.mode
+        if estimator.mode == "auto" and _registration.within_torch_func():
+            mode = "forward"  # the one that transforms differentiate by whatever they want
         self.differentiated = self.forward if mode == "forward" else self.reverse
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,10 +232,11 @@ class VelocityAndDivergence:
         return value, divergence.unsqueeze(-1)
 
     def reverse(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if _registration.transforming():  # the gradient taken here would lose what they carry
+        if not (_registration.only_grad() and (x.requires_grad or not _registration.transforming())):
+            # The gradient taken here would lose what transforms and dual numbers carry.
             raise RuntimeError(
-                "divergence: expected mode='forward' within torch.func transforms, and none of them nor dual numbers "
-                "around mode='reverse', whose derivatives backward() takes; got mode='reverse' there"
+                "divergence: expected mode='forward' within torch.func transforms, and no dual numbers around it: in "
+                "mode='reverse' backward() takes derivatives, or torch.func.grad with respect to x; got others"
             )
         connected = torch.is_grad_enabled() and x.requires_grad
         recording = torch.is_grad_enabled()

@@ -90,6 +90,20 @@ def divergence(
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
+@overload
+def divergence(
+    f: Callable[..., Any],
+    t: float | torch.Tensor,
+    x: torch.Tensor,
+    estimator: Exact | Hutchinson | Deflated = ...,
+    *,
+    key: torch.Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    first_row: int = ...,
+    return_stderr: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def divergence(
     f: Callable[..., Any],
     t: float | torch.Tensor,

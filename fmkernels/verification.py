@@ -530,8 +530,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         parser(prog).error("--device: torch finds no CUDA device here")
     if options.json:
         try:
-            with options.json.open("a"):
-                pass
+            _info.refuse_unwritable(options.json)
         except OSError as error:
             parser(prog).error(f"--json: expected a file that can be written, got {options.json}: {error.strerror}")
     started = time.perf_counter()

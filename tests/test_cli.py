@@ -25,10 +25,12 @@ def test_without_a_command_the_help_is_shown(capsys):
 
 
 def test_a_reader_that_goes_away():
-    command = f"{sys.executable} -m fmkernels info | head -n 1"
-    environment = {**os.environ, "PYTHONPATH": str(cli.ROOT)}
-    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
-    assert done.stdout == "Versions\n" and done.stderr == ""
+    command = f"({sys.executable} -m fmkernels info; echo $? >&2) | (exec 0<&-; sleep 1)"
+    for buffered in (True, False):
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        environment |= {"PYTHONPATH": str(cli.ROOT)} | ({} if buffered else {"PYTHONUNBUFFERED": "1"})
+        done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+        assert done.stderr == "141\n"
 
 
 def test_unknown_command_is_an_error(capsys):

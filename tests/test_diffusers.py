@@ -365,6 +365,58 @@ def test_gradients_to_the_schedule():
     torch.testing.assert_close(*results)
 
 
+def test_within_transforms():
+    _, mine = scheduled({"shift": 3.0})
+    training, network = ours.FlowMatchEulerDiscreteScheduler(), torch.nn.Linear(3, 3)
+    weights = dict(network.named_parameters())
+    latents, noise, u = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
+
+    def loss(weights, u=u, latents=latents, noise=noise):
+        noised = ours.noise_for_training(training, latents, noise, u)
+        return ours.flow_matching_loss(torch.func.functional_call(network, weights, noised.noisy_model_input), noised)
+
+    plain = torch.autograd.grad(loss(weights), list(weights.values()))
+    torch.testing.assert_close(list(torch.func.grad(loss)(weights).values()), list(plain))
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(
+        weights, u[:, None], latents[:, None], noise[:, None]
+    )
+    torch.testing.assert_close([one.mean(0) for one in each.values()], list(plain))
+    x = latents.clone().requires_grad_()
+    for call in (
+        lambda x: loop(mine, x).sum(),
+        lambda x: mine.scale_noise(x, mine.timesteps[2:3], noise).square().sum(),
+    ):
+        mine.set_timesteps(10)
+        (expected,) = torch.autograd.grad(call(x), x)
+        mine.set_timesteps(10)
+        torch.testing.assert_close(torch.func.grad(call)(latents), expected)
+    sigmas, tangents = mine.sigmas, []
+    for scheduler in scheduled({"shift": 3.0}):
+        with torch.autograd.forward_ad.dual_level():
+            scheduler.sigmas = torch.autograd.forward_ad.make_dual(sigmas, sigmas.cos())
+            value = scheduler.scale_noise(latents, scheduler.timesteps[2:3], noise)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(value).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+def test_fake_tensors():
+    from torch._subclasses import FakeTensorMode
+
+    x = torch.ones(2, 3)
+    for scheduler in scheduled({}):
+        scheduler.set_begin_index(0)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert scheduler.step(torch.ones(2, 3), scheduler.timesteps[0], torch.ones(2, 3))[0].shape == x.shape
+
+
+def test_a_schedule_with_the_negative_bit():
+    results = []
+    for scheduler in scheduled({}):
+        scheduler.sigmas = torch._neg_view(-scheduler.sigmas)
+        results.append(loop(scheduler, torch.ones(2, 3)))
+    same(*results)
+
+
 @pytest.mark.parametrize("timestep", [[[123.0]], [[900.0], [900.0]]])
 def test_a_timestep_of_two_dimensions(timestep):
     x = torch.ones(2)

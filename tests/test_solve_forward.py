@@ -7,7 +7,7 @@ import torch
 from solving import F64, one_thread
 from torch.autograd import forward_ad
 
-from fmkernels import Exact, Hutchinson, MarginalField, log_prob, odeint, solve
+from fmkernels import Exact, Hutchinson, MarginalField, log_prob, odeint, odeint_adjoint, solve
 from fmkernels.schedules import CondOT
 from fmkernels.solvers import _plan
 
@@ -110,6 +110,11 @@ def test_vmap():
     for call in (lambda y0: solve(field(THETA), y0).y, lambda y0: odeint(field(THETA), y0, TIMES)):
         with pytest.raises(RuntimeError, match="method: expected one of fixed steps under torch.vmap, got .*'dopri5'"):
             torch.func.vmap(call)(batch)
+        scaled = torch.func.vmap(lambda p: p * call(Y0))(torch.ones(2))  # noqa: B023 (nothing mapped enters it)
+        torch.testing.assert_close(scaled[1], call(Y0))
+        jacobian = torch.autograd.functional.jacobian(call, Y0)
+        torch.testing.assert_close(torch.func.jacfwd(call)(Y0), jacobian)
+        torch.testing.assert_close(torch.func.jacrev(call)(Y0), jacobian)
 
 
 @pytest.mark.parametrize("gradient", ["recorded", "adjoint"])
@@ -144,6 +149,16 @@ def test_what_is_kept_of_a_method_outlives_its_first_solve(first, method):
         assert torch.autograd.grad(end(y0, t[[0, -1]]).sum(), (y0, t))[0].abs().sum() > 0
 
 
+def test_what_forward_mode_does_not_reach_says_so():
+    for way in WAYS.values():
+        with pytest.raises(ValueError, match="event_fn: expected None in forward mode"):
+            way(lambda y0: odeint(field(THETA), y0, TIMES[:2], event_fn=lambda t, y: t - 0.5)[0], (Y0,), (Y0,))
+        with pytest.raises(ValueError, match="func: expected odeint in forward mode"):
+            way(lambda s: odeint_adjoint(field(s), Y0, TIMES, adjoint_params=(s,)), (THETA,), (THETA,))
+        with pytest.raises(ValueError, match="dense: expected a solve without gradients .*got a transform"):
+            way(lambda y0: solve(field(THETA), y0, dense=True).y, (Y0,), (Y0,))
+
+
 ESTIMATORS = [Exact, lambda mode: Hutchinson(2, mode=mode)]
 
 
@@ -157,8 +172,22 @@ def test_log_prob(estimator):
     x = Y0.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(density("forward")(x).sum(), x)
     tangent = torch.randn_like(Y0)
-    found = torch.func.jvp(density("forward"), (Y0,), (tangent,))[1]
-    torch.testing.assert_close(found, (gradient * tangent).sum(1))
+    for mode in ("forward", "auto"):
+        found = torch.func.jvp(density(mode), (Y0,), (tangent,))[1]
+        torch.testing.assert_close(found, (gradient * tangent).sum(1))
+        torch.testing.assert_close(torch.func.grad(lambda x: density(mode)(x).sum())(Y0), gradient)  # noqa: B023
+
+    def of_theta(theta):
+        return log_prob(field(theta), Y0, divergence=estimator(mode="auto"), key=key).log_prob.sum()
+
+    theta = THETA.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(of_theta)(THETA), torch.autograd.grad(of_theta(theta), theta)[0])
+
+    def fixed(x):
+        reverse = estimator(mode="reverse")
+        return log_prob(field(THETA), x, divergence=reverse, key=key, method="rk4", steps=4).log_prob.sum()
+
+    torch.testing.assert_close(torch.func.grad(fixed)(Y0), torch.autograd.grad(fixed(x), x)[0])
     for way in WAYS.values():
         with pytest.raises(RuntimeError, match="divergence: expected mode='forward' within torch.func"):
             way(density("reverse"), (Y0,), (tangent,))

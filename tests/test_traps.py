@@ -35,8 +35,14 @@ def stored_gradient(loss):
     return loss.grad_fn.saved_tensors[-1]
 
 
-def test_derivatives_in_time_do_not_vanish_at_the_ends():
-    """torch.clamp's are 0 there from torch 2.14 on."""
+def test_derivatives_in_time_do_not_vanish_at_the_ends(monkeypatch):
+    """torch.clamp's are 0 there from torch 2.14 on, and here at any."""
+    clamp = torch.Tensor.clamp
+
+    def later(x, low=None, high=None):
+        return torch.where((x > low) & (x < high), x, clamp(x.detach(), low, high))
+
+    monkeypatch.setattr(torch.Tensor, "clamp", later)
     data = torch.tensor([[0.3, -0.7], [1.1, 0.4]], dtype=torch.float64)
     exact = fmk.MarginalField(data, fmk.CondOT(0.2))
     x = data + 0.1

@@ -21,7 +21,7 @@ def sample(fm: fmk.FlowMatching, model: torch.nn.Module, noise: torch.Tensor) ->
     assert_type(solution, fmk.Solution[torch.Tensor])
     assert_type(solution.nfe, torch.Tensor)
     pair = fmk.solve(lambda t, y: (y[1], -y[0]), (noise, noise), steps=2, method="euler")
-    assert_type(pair.y, tuple[torch.Tensor, ...])
+    assert_type(pair.y, tuple[torch.Tensor, torch.Tensor])
     return assert_type(solution.raise_for_status().y, torch.Tensor)
 
 

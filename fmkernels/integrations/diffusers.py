@@ -60,7 +60,8 @@ class HostSchedule:
 
     sigmas: Tensor
     timesteps: Tensor
-    known: tuple[bytes | int | None, ...]
+    writes: tuple[int | None, ...]
+    contents: tuple[bytes, ...] | None
     sigma_values: list[float]
     timestep_values: list[float]
     steps: list[float]  # σ of the next step minus σ of this one, in σ's dtype
@@ -69,14 +70,18 @@ class HostSchedule:
     @classmethod
     def of(cls, sigmas: Tensor, timesteps: Tensor, host_sigmas: Tensor, host_timesteps: Tensor) -> HostSchedule:
         steps = (host_sigmas[1:] - host_sigmas[:-1]).tolist()
-        return cls(sigmas, timesteps, content(sigmas, timesteps), host_sigmas.tolist(), host_timesteps.tolist(), steps)
+        known = writes(sigmas, timesteps), contents(sigmas, timesteps)
+        return cls(sigmas, timesteps, *known, host_sigmas.tolist(), host_timesteps.tolist(), steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies of the tensors count their writes anew
 
     def holds(self, sigmas: Tensor, timesteps: Tensor) -> bool:
         same = self.sigmas is sigmas and self.timesteps is timesteps
-        return same and None not in self.known and self.known == content(sigmas, timesteps)
+        now = contents(sigmas, timesteps) if same and self.contents is not None else None
+        if now is not None:
+            return now == self.contents
+        return same and None not in self.writes and self.writes == writes(sigmas, timesteps)
 
     @functools.cached_property
     def index(self) -> dict[float, int]:
@@ -129,15 +134,19 @@ class HostSchedule:
         return self.copies[device]
 
 
-def content(*tensors: Tensor) -> tuple[bytes | int | None, ...]:
-    """What is another after a write: the numbers on the CPU, elsewhere their counter; None where there is neither."""
-    found: list[bytes | int | None] = []
+def writes(*tensors: Tensor) -> tuple[int | None, ...]:
+    """Counters of in-place writes; None for an inference tensor, which has none."""
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def contents(*tensors: Tensor) -> tuple[bytes, ...] | None:
+    """The numbers of tensors on the CPU, which writes change that no counter sees; None where they are not at hand."""
+    if torch._C._len_torch_dispatch_stack() or _registration.transforming():
+        return None
     for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
-            found.append(tensor.numpy().tobytes())
-        else:
-            found.append(None if tensor.is_inference() else tensor._version)
-    return tuple(found)
+        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64) or tensor.is_neg():
+            return None
+    return tuple(tensor.detach().numpy().tobytes() for tensor in tensors)
 
 
 class FlowMatchEulerDiscreteScheduler(SchedulerBase):
@@ -231,7 +240,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerBase):
             isinstance(self.sigmas, Tensor) and isinstance(self.timesteps, Tensor)
         ):
             return None
-        if self.sigmas.requires_grad or self.timesteps.requires_grad:
+        if self.sigmas.requires_grad or self.timesteps.requires_grad or _registration.transforming():
             return None
         if self._host is None or not self._host.holds(self.sigmas, self.timesteps):
             on_host = self.sigmas.device.type == self.timesteps.device.type == "cpu"

@@ -107,8 +107,8 @@ class ConditionalFlowMatcher:
         if len(t) != x0.shape[0]:
             raise AssertionError(f"t: expected {x0.shape[0]} times, one a sample of x0, got {len(t)}")
         epsilon = self.sample_noise_like(x0)
-        form = form_of(self)
-        if form is not None and fusible(form, x0, x1, t, epsilon):
+        form = form_of(self, x0)
+        if form is not None and fusible(x0, x1, t, epsilon):
             xt, ut = fused(form, self.sigma, x0, x1, t, epsilon)
         else:
             xt = self.sample_xt(x0, x1, t, epsilon)
@@ -276,22 +276,24 @@ FORMS: dict[Any, tuple[str | None, dict[str, Any]]] = {
 }
 
 
-def form_of(matcher: Any) -> str | None:
-    """The form of the op that gives what a matcher's hooks would; None where one is its user's own, or σ no number."""
+def form_of(matcher: Any, x0: Any) -> str | None:
+    """The form of the op that gives what a matcher's hooks would; None where one is its user's own, σ no number, or
+    nothing gained."""
     form, hooks = FORMS.get(getattr(matcher.compute_conditional_flow, "__func__", None), (None, {}))
+    if type(x0) is not torch.Tensor or (form == "linear" and x0.numel() < FEW and x0.device.type == "cpu"):
+        return None
     if not all(getattr(matcher, name) == MethodType(hook, matcher) for name, hook in hooks.items()):
         return None
     sigma = vars(matcher).get("sigma")  # a property may be another number each time it is asked for
     return form if isinstance(sigma, (float, int)) and abs(sigma) < 1e30 else None  # what float32 holds
 
 
-def fusible(form: str, x0: Any, x1: Any, t: Any, epsilon: Any) -> bool:
+def fusible(x0: Any, x1: Any, t: Any, epsilon: Any) -> bool:
     """Whether the fused pass gives what the hooks would, and no later."""
     tensors = (x0, x1, epsilon, t)
     return (
         _registration.eager()
         and all(type(tensor) is torch.Tensor for tensor in tensors)  # hooks of one's own may take anything
-        and (form != "linear" or x0.numel() >= FEW or x0.device.type != "cpu")
         and x0.is_floating_point()
         and x0.dtype == x1.dtype == t.dtype == epsilon.dtype
         and x0.shape == x1.shape == epsilon.shape

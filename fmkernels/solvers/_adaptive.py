@@ -21,7 +21,7 @@ from ..ops.runge_kutta_step import (
 )
 from ._continuous import BackwardSolve, ContinuousAdjoint, shared_times
 from ._gradients import Clock, Outputs, RecordedSteps, interpolate, solve_as_graph
-from ._integrator import Integrator, Record, Watch, initial_step, progress_bar, set_running
+from ._integrator import Integrator, Record, Watch, initial_step, progress_bar, refuse_vmap, set_running
 from ._plan import Plan
 from ._problem import Problem, Solution, parameters_of
 from ._state import State
@@ -62,13 +62,16 @@ class AdaptiveSolve:
         start = t0.to(state_time_dtype(problem.y))
         with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "autograd"):
             k_first = problem.field(start, problem.y)
+        refuse_vmap(self.plan.tableau.name, problem.y, t0, t1, k_first)
         differentiate = _registration.transforming() or (
             torch.is_grad_enabled() and (times_need or any(x.requires_grad for x in (problem.y, k_first, *parameters)))
         )
         for name, value in (("dense", dense), ("cuda_graph", cuda_graph)):
             if value and differentiate:
+                got = "a transform" if _registration.transforming() else "one that needs them"
                 raise ValueError(
-                    f"{name}: expected a solve without gradients (torch.no_grad()), got one that needs them"
+                    f"{name}: expected a solve without gradients (torch.no_grad(), outside of forward mode and of "
+                    f"torch.func transforms), got {got}"
                 )
         with torch.no_grad():
             self._start(k_first)

@@ -122,9 +122,11 @@ class FixedGrid:
 def _stage(stage: StagePlan, y, k, times, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     coefficients, used, nudge = stage
     used = [k[j] for j in used]
-    if any(k_j.dtype is not y.dtype for k_j in used):  # the state goes on in the wider one, as in torchdiffeq
-        wide = functools.reduce(torch.promote_types, (x.dtype for x in (y, *used)))
-        y, used = y.to(wide), [k_j.to(wide) for k_j in used]
+    for k_j in used:
+        if k_j.dtype is not y.dtype:  # the state goes on in the wider one, as in torchdiffeq
+            wide = functools.reduce(torch.promote_types, (x.dtype for x in (y, *used)))
+            y, used = y.to(wide), [k_j.to(wide) for k_j in used]
+            break
     if _registration.transforming() or _registration.requires_grad(y, times, *used):
         return STAGE(y, used, times, step, coefficients, 0, nudge)
     with _registration.below_autograd():

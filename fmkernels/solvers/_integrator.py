@@ -162,9 +162,9 @@ def initial_step(
     return torch.minimum(100 * h0, h1).to(torch.float64)
 
 
-def refuse_vmap(method: str) -> None:
+def refuse_vmap(method: str, *tensors: torch.Tensor) -> None:
     """An adaptive step is decided on numbers, which a batch that vmap hides does not show."""
-    if _registration.vmapping():
+    if any(map(_registration.batched, tensors)):
         raise RuntimeError(
             f"method: expected one of fixed steps under torch.vmap, got the adaptive {method!r}, which decides by "
             "numbers; make what vmap maps over rows of y0"

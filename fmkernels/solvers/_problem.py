@@ -15,7 +15,7 @@ from ._state import State
 STATUSES = {-1: "running", 0: "done", 1: "reached max_steps", 2: "step size underflow", 3: "non-finite"}
 
 
-Y = TypeVar("Y", torch.Tensor, tuple[torch.Tensor, ...])  # a state
+Y = TypeVar("Y", bound=torch.Tensor | tuple[torch.Tensor, ...])  # a state
 
 
 @dataclass(frozen=True)

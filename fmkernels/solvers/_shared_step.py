@@ -13,7 +13,7 @@ from .. import _registration
 from ..ops.runge_kutta_stage import nudged
 from ..ops.runge_kutta_step import CURSOR, DONE, NON_FINITE, RATIO, RUNNING_STATUS, STATUS, T_NEXT, T
 from ._gradients import graph_step, interpolate
-from ._integrator import Integrator, Watch, initial_step, set_running
+from ._integrator import Integrator, Watch, initial_step, refuse_vmap, set_running
 from ._odeint_inputs import AdaptiveOptions, Problem
 from ._plan import STAGE, Plan, plan, settings_tensor
 from .tableaus import TORCHDIFFEQ
@@ -73,6 +73,7 @@ class SharedStep:
         if self.solution is not None:
             self.solution[0] = y.detach()  # before f, which may overwrite what it is given
         self.f0 = self.field(t[0].to(problem.time_dtype), y)
+        refuse_vmap(problem.method, y, t, self.f0)
         k_first = self.f0.detach().clone(memory_format=torch.contiguous_format)
         with_graph = _registration.transforming() or _registration.requires_grad(y, t, self.f0)
         start = y.detach().clone(memory_format=torch.contiguous_format)

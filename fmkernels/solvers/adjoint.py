@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .. import _registration
 from . import _odeint_inputs
 from ._odeint_inputs import (
     CALLBACKS,
@@ -88,6 +89,8 @@ def odeint_adjoint(
             adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
             adjoint_options=adjoint_options, adjoint_params=adjoint_params,
         )  # fmt: skip
+    if _registration.transforming():
+        raise ValueError("func: expected odeint in forward mode and within torch.func transforms, got odeint_adjoint")
     if adjoint_options is None:
         adjoint_options = {name: value for name, value in (options or {}).items() if name != "norm"}
     given = tuple(_parameters(func) if adjoint_params is None else adjoint_params)

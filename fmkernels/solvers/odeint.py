@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 
+from .. import _registration
 from . import _odeint_inputs
 from ._fixed_grid import FixedGrid
-from ._integrator import refuse_vmap
 from ._odeint_inputs import HANDED_OVER, Layout, Problem, check_method, torchdiffeq_function
 from ._plan import Plan
 from ._shared_step import SharedStep, Step, value_at
@@ -60,8 +60,8 @@ def odeint(
             Of t, two times, only the first and the direction matter.
 
     Returns: ``[T, …]`` in the dtype of y0, or a tuple of them; with ``event_fn`` (time of the event, states ``[2, …]``
-    at the start and there). Differentiable, any number of times, in y0, t and whatever func depends on, through the
-    accepted steps, their sizes being constants.
+    at the start and there, of fixed steps in func's dtype where that is wider). Differentiable, any number of times, in
+    y0, t and whatever func depends on, through the accepted steps, their sizes being constants.
 
     Raises: AssertionError where the solve fails (non-finite values, a step size below the spacing of float64 numbers,
     ``max_num_steps``), and for bad arguments what torchdiffeq raises. Unused options warn.
@@ -74,6 +74,8 @@ def odeint(
         )
     if event_fn is not None and len(t) != 2:
         raise ValueError(f"t: expected two times with event_fn, of which the second gives the direction, got {len(t)}")
+    if event_fn is not None and _registration.transforming():  # the time of an event would be a constant
+        raise ValueError("event_fn: expected None in forward mode and within torch.func transforms, got one")
     problem = _odeint_inputs.problem(func, y0, t, rtol, atol, method, options)
     if event_fn is None:
         return problem.layout.unpack(integrate(problem))
@@ -85,10 +87,7 @@ def integrate(problem: Problem) -> torch.Tensor:
     """The packed solution at t, [T, …]."""
     if len(problem.values) == 1 or problem.y.numel() == 0:
         return problem.y.unsqueeze(0).repeat_interleave(len(problem.values), 0)
-    if problem.adaptive:
-        refuse_vmap(problem.method)
-        return SharedStep(problem).run()
-    return FixedGrid(problem).run()
+    return (SharedStep if problem.adaptive else FixedGrid)(problem).run()
 
 
 def odeint_event(

@@ -12,7 +12,6 @@ import torch
 from .. import _checks, _registration
 from ._adaptive import AdaptiveSolve
 from ._fixed import solve_fixed
-from ._integrator import refuse_vmap
 from ._plan import plan, settings_tensor
 from ._problem import Problem, Solution, Y, tolerance
 from .tableaus import ADAPTIVE, FIXED
@@ -135,7 +134,6 @@ def solve(
         columns = norm_columns
     if method in FIXED:
         return solve_fixed(problem, FIXED[method], steps, step_size, gradient, parameters, progress)
-    refuse_vmap(method)
     if not isinstance(controller, PID):
         _checks.choice("controller", controller, CONTROLLERS)
         controller = CONTROLLERS[controller]
