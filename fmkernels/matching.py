@@ -301,12 +301,14 @@ class VelocityField(torch.nn.Module):
     def forward(self, t: torch.Tensor, x: torch.Tensor, **extras: Any) -> torch.Tensor:
         _checks.tensor("x", x)
         _checks.floating("x", x)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        t = torch.as_tensor(t, device=x.device)
-        dtype = torch.promote_types(t.dtype if t.is_floating_point() else dtype, dtype)
-        if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
-            raise ValueError(f"t: expected a scalar or shape [{x.shape[0]}], got {list(t.shape)}")
-        t = _registration.clamp_time(t.to(dtype).expand(x.shape[0]), *self.t_range)
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        if not (isinstance(t, torch.Tensor) and t.dtype is dtype and t.shape == x.shape[:1] and t.device == x.device):
+            t = torch.as_tensor(t, device=x.device)
+            dtype = torch.promote_types(t.dtype if t.is_floating_point() else dtype, dtype)
+            if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
+                raise ValueError(f"t: expected a scalar or shape [{x.shape[0]}], got {list(t.shape)}")
+            t = t.to(dtype).expand(x.shape[0])
+        t = _registration.clamp_time(t, *self.t_range)
         objective = self.fm.objective
         if objective.prediction == "velocity":
             return self.model(x, t, **extras)
