@@ -355,6 +355,24 @@ Tensor matching_loss(const Tensor& prediction, const Tensor& x1, const std::opti
       forward(prediction, x1, x0, z, table, weight, mask, key, first_row, terms, rho, rho_k, reduction, false));
 }
 
+// One factor for all, without a buffer between: out may be the gradient itself.
+template <class T, class C>
+FMK_INLINE void scale_run(const T* gradient, T* out, int64_t elements, C factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < elements; ++j) out[j] = from_float<T>(C(to_float(gradient[j])) * factor);
+}
+
+// target_clones does not reach through templates.
+#define FMK_SCALE(T, C)                                                              \
+  FMK_CLONES void scale_all(const T* gradient, T* out, int64_t elements, C factor) { \
+    scale_run(gradient, out, elements, factor);                                      \
+  }
+FMK_SCALE(float, float)
+FMK_SCALE(double, double)
+FMK_SCALE(bf16, float)
+FMK_SCALE(f16, float)
+#undef FMK_SCALE
+
 // out = gradient · scale · factor / denominator, a scale for each row or one for all; memory is left alone where that
 // is the gradient itself.
 template <class C>
@@ -364,6 +382,20 @@ void scale_rows(const void* gradient, void* out, ScalarType type, int64_t rows, 
   for (int64_t i = 0; i < scales; ++i) factors[i] = scale[i] * C(factor) / (denominator ? denominator[i] : C(1));
   if (gradient == out && scales == 1 && factors[0] == C(1)) return;
   const Cut cut(rows, columns, TASK);
+  if (scales == 1 && (std::is_same_v<C, float> || type == ScalarType::Double)) {
+    dispatch(type, [&]<class T>() {
+      if constexpr (std::is_same_v<T, double> == std::is_same_v<C, double>) {
+        parallel_for(0, columns > 0 ? cut.blocks() : 0, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const Block task = cut.block(i);
+            scale_all(static_cast<const T*>(gradient) + task.column, static_cast<T*>(out) + task.column, task.count,
+                      factors[0]);
+          }
+        });
+      }
+    });
+    return;
+  }
   parallel_for(0, columns > 0 ? cut.blocks() : 0, 1, [&](int64_t begin, int64_t end) {
     alignas(64) C buffer[TILE];
     for (int64_t i = begin; i < end; ++i) {
