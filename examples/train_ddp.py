@@ -235,8 +235,9 @@ class Trainer:
         file = self.options.out / "options.json"
         for name, value in (json.loads(file.read_text()) if file.exists() else {}).items():
             if given[name] != value:
+                option = {"dtype": "float64"}.get(name, name.replace("_", "-"))
                 raise SystemExit(
-                    f"--{name.replace('_', '-')}: expected {value}, with which the run in {self.options.out} began, "
+                    f"--{option}: expected {value}, with which the run in {self.options.out} began, "
                     f"got {given[name]}; name another --out for another run"
                 )
         last = finished_in(self.options.out)[-1]

@@ -484,6 +484,8 @@ def test_the_command_of_one_process(tmp_path, capsys):
     assert "has a run already; go on with --resume" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--learning-rate: expected 0.001, with which the run .* began, got 0.1"):
         train_ddp.main([*arguments, "--resume", "--learning-rate", "0.1"])
+    with pytest.raises(SystemExit, match="--float64: expected torch.float32, with which .* got torch.float64"):
+        train_ddp.main([*arguments, "--resume", "--float64"])
     log.write_text(log.read_text()[:-9])  # as a full disk leaves it
     train_ddp.main([*arguments, "--resume", "--steps", "3"])
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3]
